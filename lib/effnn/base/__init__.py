@@ -1,0 +1,21 @@
+"""What every room may use: errors, atomic writes, seeds and threads, and one timer. Standard library and torch only."""
+
+from effnn.base.atomic import atomic_path, write_json, write_text
+from effnn.base.errors import EffnnError, InvalidInput, NotAvailable
+from effnn.base.memory import PeakMemory
+from effnn.base.seeds import seed_everything, threads
+from effnn.base.timer import Timing, interleave
+
+__all__ = [
+    "EffnnError",
+    "InvalidInput",
+    "NotAvailable",
+    "PeakMemory",
+    "Timing",
+    "atomic_path",
+    "interleave",
+    "seed_everything",
+    "threads",
+    "write_json",
+    "write_text",
+]

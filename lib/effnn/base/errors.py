@@ -1,0 +1,13 @@
+"""The errors that a caller may want to tell apart. Every message says what was expected and what to do about it."""
+
+
+class EffnnError(Exception):
+    """Base of all errors that effnn raises on purpose."""
+
+
+class InvalidInput(EffnnError, ValueError):
+    """An argument, a file or a model is not what the function takes."""
+
+
+class NotAvailable(EffnnError, RuntimeError):
+    """Something that the function needs (a data set, a library, a device) cannot be had here."""
