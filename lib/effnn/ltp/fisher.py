@@ -1,0 +1,289 @@
+"""The calibration pass: one forward and backward over the calibration rows gives everything the later steps need.
+
+Empirical diagonal Fisher of the masks (ltp.md A.2; Kwon et al. 2022, section 3.2). With all masks at one, the gradient
+of the loss with respect to a mask entry is the sum over positions of activation times its gradient, so no mask is ever
+multiplied: an identity node in front of the attention output projection and of FFN-2 reads both during the backward
+pass, row by row. Gradients of single rows ("sample") therefore cost nothing over gradients of mini-batch means
+("batch", what the paper's code does), and one pass serves both. The weights stay frozen.
+
+The same pass keeps what enters the first layer, for mask tuning, and sets aside held-out rows. The loader is read once.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from effnn.base import InvalidInput
+from effnn.ltp.adapters import Adapter, adapter_for
+from effnn.ltp.masks import Shape
+
+log = logging.getLogger(__name__)
+
+NEAR_CHANCE = 0.9
+"""A calibration loss above this share of a constant predictor's loss is reported as a model that was not fine-tuned."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What one mini-batch gives the first layer, and which of its rows and tokens count.
+
+    states: (B, S, d). attention_mask: as the model passes it to its layers (None where there is nothing to mask).
+    live: (B, S) bool, False at padding. held_out: the number of rows, at the end of the batch, kept out of tuning.
+    """
+
+    states: Tensor
+    attention_mask: Tensor | None
+    live: Tensor
+    held_out: int
+
+
+@dataclass
+class Calibration:
+    """What one pass over the calibration rows gives.
+
+    head_gradients: (N, L, H), filter_gradients: (N, L, F), float32 on the CPU; N is the number of mini-batches, or of
+    rows with fisher="sample". loss: mean loss over mini-batches. chance_loss: loss of the best constant predictor on the
+    same labels, None where it is not known. mean_length: live tokens a row. inputs: one `LayerInput` a mini-batch (empty
+    unless asked for). held_out_batches: model inputs of the held-out rows.
+    """
+
+    head_gradients: Tensor
+    filter_gradients: Tensor
+    loss: float
+    chance_loss: float | None
+    mean_length: float
+    rows: int
+    inputs: list[LayerInput] = field(default_factory=list)
+    held_out_batches: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def head_importance(self) -> Tensor:
+        """Diagonal Fisher of the heads, (L, H): the sum of squared gradients."""
+        return self.head_gradients.double().square().sum(0)
+
+    @property
+    def filter_importance(self) -> Tensor:
+        """Diagonal Fisher of the filters, (L, F): the sum of squared gradients."""
+        return self.filter_gradients.square().sum(0, dtype=torch.float64)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Tensor]],
+    fisher: str = "batch",
+    labels: str = "data",
+    holdout: float = 0.1,
+    keep_inputs: bool = True,
+    autocast: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    on_batch=lambda: None,
+) -> Calibration:
+    """Run the calibration rows through the frozen model, forward and backward; returns a `Calibration`.
+
+    loader: mini-batches of model inputs with labels (`labels`, or `start_positions` and `end_positions`), read once, in
+    its own order. labels: "data" takes them from the loader (empirical Fisher); "model" draws them from the model's own
+    prediction (true Fisher, no labels needed; classification only). autocast: torch.bfloat16 runs the forward in it.
+    Raises InvalidInput for a model in training mode, an empty loader, missing labels, a loss that is not finite.
+    """
+    if model.training:
+        raise InvalidInput("the model is in training mode, so dropout would enter the Fisher information: call model.eval()")
+    if fisher not in ("batch", "sample"):
+        raise InvalidInput(f'fisher={fisher!r}: expected "batch" or "sample"')
+    if labels not in ("data", "model"):
+        raise InvalidInput(f'labels={labels!r}: expected "data" or "model"')
+    if not 0 <= holdout < 1:
+        raise InvalidInput(f"holdout={holdout}: expected a share from 0 up to, but not including, 1")
+    adapter = adapter_for(model)
+    shape = Shape.of(model, adapter)
+    device = next(model.parameters()).device
+    collected = _Collected(shape)
+    heads, filters, losses, inputs, held_out = [], [], [], [], []
+    chance, tokens, rows, owed = _ChanceLoss(), 0, 0, 0.0
+    with _frozen(model), _probes(model, adapter, collected):
+        for batch in loader:
+            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            collected.start()
+            with torch.enable_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                loss, output = _loss(model, batch, labels, generator)
+            if not torch.isfinite(loss):
+                raise InvalidInput(
+                    f"the loss of calibration batch {len(losses)} is {loss.item()}: check the inputs and weights for NaN "
+                    "or infinity, and whether the number format of the model is wide enough"
+                )
+            loss.backward()
+            head_rows, filter_rows = collected.gradients()
+            states, mask = collected.first_layer_input
+            size = states.shape[0]
+            # a batch gradient is the sum of the row gradients of the batch's mean loss; a row's own loss is B times that
+            heads.append(head_rows.sum(0, keepdim=True) if fisher == "batch" else head_rows * size)
+            filters.append(filter_rows.sum(0, keepdim=True) if fisher == "batch" else filter_rows * size)
+            live = _live_tokens(batch, states)
+            losses.append(loss.item())
+            chance.add(batch, live)
+            tokens, rows = tokens + int(live.sum()), rows + size
+            owed += holdout * size
+            kept_out = min(int(owed), size - 1) if size > 1 else 0
+            owed -= kept_out
+            if keep_inputs:
+                inputs.append(LayerInput(states, mask, live, kept_out))
+            if kept_out:
+                held_out.append({name: value[size - kept_out :] for name, value in batch.items()})
+            on_batch()
+    if not losses:
+        raise InvalidInput("the calibration loader is empty: expected at least one mini-batch, usually 2048 rows in all")
+    result = Calibration(
+        torch.cat(heads), torch.cat(filters), sum(losses) / len(losses), chance.value(), tokens / rows, rows, inputs, held_out
+    )
+    if result.chance_loss is not None and result.loss > NEAR_CHANCE * result.chance_loss:
+        log.warning(
+            "the calibration loss %.4f is near the %.4f of a constant prediction: was this model fine-tuned on the task? "
+            "Pruning follows the loss, so the result would mean little.",
+            result.loss,
+            result.chance_loss,
+        )
+    return result
+
+
+class _Probe(torch.autograd.Function):
+    """Identity; in the backward pass hands activation and gradient to `sink`. `anchor` makes the graph begin here."""
+
+    @staticmethod
+    def forward(ctx, activation: Tensor, anchor: Tensor, sink) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.sink = sink
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (activation,) = ctx.saved_tensors
+        ctx.sink(activation, gradient)
+        return (gradient if ctx.needs_input_grad[0] else None), torch.zeros(1, device=gradient.device), None
+
+
+class _Collected:
+    """Row gradients of one mini-batch, filled in by the probes during its backward pass."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.heads: list[Tensor | None] = []
+        self.filters: list[Tensor | None] = []
+        self.first_layer_input: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
+
+    def start(self) -> None:
+        self.heads = [None] * self.shape.layers
+        self.filters = [None] * self.shape.layers
+
+    def head_sink(self, layer: int):
+        def sink(activation: Tensor, gradient: Tensor) -> None:
+            products = (activation.float() * gradient.float()).sum(1)
+            self.heads[layer] = products.unflatten(-1, (self.shape.heads, self.shape.head_size)).sum(-1).cpu()
+
+        return sink
+
+    def filter_sink(self, layer: int):
+        def sink(activation: Tensor, gradient: Tensor) -> None:
+            self.filters[layer] = (activation.float() * gradient.float()).sum(1).cpu()
+
+        return sink
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(B, L, H) and (B, L, F)."""
+        return torch.stack(self.heads, 1), torch.stack(self.filters, 1)
+
+
+@contextmanager
+def _probes(model: PreTrainedModel, adapter: Adapter, collected: _Collected) -> Iterator[None]:
+    device = next(model.parameters()).device
+    anchor = torch.zeros(1, device=device, requires_grad=True)
+
+    def probe(sink):
+        return lambda module, inputs: (_Probe.apply(inputs[0], anchor, sink), *inputs[1:])
+
+    def keep_first_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states = kwargs.get("hidden_states", args[0] if args else None)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        collected.first_layer_input = (states.detach(), mask)
+
+    layers = adapter.layers(model)
+    handles = [layers[0].register_forward_pre_hook(keep_first_input, with_kwargs=True)]
+    try:
+        for index, layer in enumerate(layers):
+            parts = adapter.parts(layer)
+            handles.append(parts.out.register_forward_pre_hook(probe(collected.head_sink(index))))
+            handles.append(parts.fc2.register_forward_pre_hook(probe(collected.filter_sink(index))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradient for any weight inside the block; the flags are restored after it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _loss(model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generator: torch.Generator | None):
+    """The model's own mean loss over the batch, and its output."""
+    if labels == "model":
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
+        output = model(**inputs)
+        if getattr(output, "logits", None) is None or output.logits.shape[-1] < 2:
+            raise InvalidInput('labels="model" needs a classification head with at least two classes')
+        chances = output.logits.detach().float().softmax(-1)
+        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).squeeze(1).to(output.logits.device)
+        return nn.functional.cross_entropy(output.logits.float(), drawn), output
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise InvalidInput(
+            f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): expected "
+            '"labels" for classification or "start_positions" and "end_positions" for question answering. Without labels, '
+            'pass labels="model"'
+        )
+    return loss.float(), output
+
+
+def _live_tokens(batch: dict[str, Tensor], states: Tensor) -> Tensor:
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    return mask.bool()
+
+
+class _ChanceLoss:
+    """Loss of the best constant predictor: label entropy, label variance, or log of the length for answer spans."""
+
+    def __init__(self) -> None:
+        self.labels: list[Tensor] = []
+        self.lengths: list[Tensor] = []
+
+    def add(self, batch: dict[str, Tensor], live: Tensor) -> None:
+        if "labels" in batch:
+            self.labels.append(batch["labels"].detach().cpu())
+        elif "start_positions" in batch:
+            self.lengths.append(live.sum(1).cpu())
+
+    def value(self) -> float | None:
+        if self.lengths:
+            return math.log(torch.cat(self.lengths).double().mean().item())
+        if not self.labels or self.labels[0].dim() != 1:
+            return None
+        labels = torch.cat(self.labels)
+        if labels.is_floating_point():
+            return labels.double().var(correction=0).item()
+        share = torch.bincount(labels).double() / len(labels)
+        return -(share[share > 0] * share[share > 0].log()).sum().item()

@@ -1,0 +1,266 @@
+"""Post-training pruning in one call (Kwon et al. 2022; the talk's LTP pipeline): no retraining, one pass over the rows.
+
+  1. calibrate    one forward and backward over the calibration rows: Fisher information of every mask entry;
+  2. search       the best masks within the MAC or latency budget, by the diagonal Fisher;
+  3. rearrange    better sets of the same sizes, by the block-diagonal Fisher;
+  4. tune         real-valued scales that reconstruct a less pruned teacher, layer by layer.
+
+The model is not changed. `PruneResult.materialize()` gives the smaller model. Not covered: decoders, embeddings, and
+any further training.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from effnn.base import InvalidInput, PeakMemory
+from effnn.ltp.adapters import adapter_for
+from effnn.ltp.export import export_padded
+from effnn.ltp.fisher import Calibration, calibrate
+from effnn.ltp.latency import search_latency
+from effnn.ltp.latency_table import Latency, LatencyTable
+from effnn.ltp.macs import MacCost, Macs, search_macs
+from effnn.ltp.masks import Masks, Shape
+from effnn.ltp.rearrange import rearrange as rearrange_mask
+from effnn.ltp.shrink import shrink
+from effnn.ltp.tune import LayerTuning, tune_masks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name, seconds, share of the dense MACs, kept units layer by layer, and held-out loss.
+
+    loss: the model's own loss on the held-out calibration rows under this stage's masks, None where nothing is held out.
+    latency_ms: predicted from the table, with a latency target only.
+    """
+
+    name: str
+    seconds: float
+    mac_ratio: float
+    heads_per_layer: list[int]
+    filters_per_layer: list[int]
+    loss: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was done, stage by stage and layer by layer.
+
+    calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's. dense_loss: the dense
+    model's on the held-out rows. tuning_accepted: False if the held-out loss rose and the scales were dropped.
+    peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident set), None if not measured.
+    """
+
+    target: Macs | Latency
+    rows: int
+    seq_len: float
+    calibration_loss: float
+    chance_loss: float | None
+    dense_loss: float | None
+    stages: list[Stage]
+    layers: list[LayerTuning] = field(default_factory=list)
+    tuning_accepted: bool | None = None
+    dense_latency_ms: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages together; the held-out losses are counted in the stage that they judge."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def accepted_layers(self) -> int:
+        """Layer halves whose scales were accepted."""
+        return sum(layer.accepted for layer in self.layers)
+
+    def to_dict(self) -> dict:
+        """The report as plain values, ready for JSON or a table."""
+        return asdict(self) | {"target": {"kind": type(self.target).__name__, **_plain(asdict(self.target))}}
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """masks: what to apply. stages: the masks after "search", "rearrange" and "tune", as far as these ran."""
+
+    model: PreTrainedModel
+    masks: Masks
+    stages: dict[str, Masks]
+    report: PruneReport
+
+    def materialize(self) -> PreTrainedModel:
+        """The smaller dense model: same outputs as the masked one; saves and loads by itself."""
+        return shrink(self.model, self.masks)
+
+    def export_padded(self, directory: str | Path, tokenizer=None) -> Path:
+        """Write a zero-filled checkpoint of the dense class, for stock loaders: right outputs, no speed-up."""
+        return export_padded(self.model, self.masks, directory, tokenizer=tokenizer)
+
+
+def prune(
+    model: PreTrainedModel,
+    calibration_loader: Iterable[Mapping[str, Tensor]],
+    target: Macs | Latency,
+    *,
+    fisher: str = "batch",
+    labels: str = "data",
+    rearrange: bool = True,
+    tune: bool = True,
+    solver: str = "ridge",
+    holdout: float = 0.1,
+    round_to: int = 1,
+    table: LatencyTable | None = None,
+    autocast: torch.dtype | None = None,
+    measure_memory: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+) -> PruneResult:
+    """Prune a fine-tuned encoder to a budget without retraining; returns a `PruneResult`, `model` stays as it is.
+
+    model: BERT, RoBERTa, DistilBERT, ELECTRA or ViT with its task head, in eval mode, on any device.
+    calibration_loader: mini-batches of model inputs with labels; the paper draws 2048 training rows with replacement.
+    Read once, in its own order. target: `Macs(0.6)` or `Latency(0.6, batch=..., seq_len=...)`.
+    fisher: "batch" squares gradients of mini-batch means (the paper's code), "sample" those of single rows.
+    labels: "data", or "model" to draw them from the model itself. holdout: share of the rows that tuning is judged on
+    instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to use
+    again. autocast: torch.bfloat16 runs the forward passes in it. seed: of labels="model" only.
+
+    Raises InvalidInput for: an unsupported architecture, a model in training mode, an empty loader, missing labels, a
+    loss that is not finite, a budget that nothing fits. Warns when the calibration loss is near that of a constant.
+    Source: ltp.md A.2 to A.6.
+    """
+    adapter = adapter_for(model)
+    shape = Shape.of(model, adapter)
+    if not isinstance(target, (Macs, Latency)):
+        raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
+    batches = len(calibration_loader) if hasattr(calibration_loader, "__len__") else None
+    device = next(model.parameters()).device
+    memory = PeakMemory(device)
+    if measure_memory:
+        memory.__enter__()
+    clock = _Clock()
+    total = None if batches is None else batches + 2 * shape.layers * tune
+    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress, leave=False) as bar:
+        calibration = calibrate(
+            model,
+            calibration_loader,
+            fisher=fisher,
+            labels=labels,
+            holdout=holdout if tune else 0.0,
+            keep_inputs=tune,
+            autocast=autocast,
+            generator=torch.Generator().manual_seed(seed),
+            on_batch=bar.update,
+        )
+        budget = _Budget(model, shape, target, calibration, table, round_to)
+        dense_loss = _held_out_loss(model, calibration, labels)
+        stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
+
+        bar.set_description("search")
+        kept = {"search": budget.search(target)}
+        teacher = budget.search(target.relaxed()) if tune else None
+        loss = _held_out_loss(model, calibration, labels, kept["search"])
+        stages.append(_stage("search", clock, budget, kept["search"], loss))
+
+        if rearrange:
+            bar.set_description("rearrange")
+            searched = kept["search"]
+            kept["rearrange"] = Masks(
+                rearrange_mask(calibration.head_gradients, searched.heads),
+                rearrange_mask(calibration.filter_gradients, searched.filters),
+            )
+            loss = _held_out_loss(model, calibration, labels, kept["rearrange"])
+            stages.append(_stage("rearrange", clock, budget, kept["rearrange"], loss))
+
+        layers, accepted = [], None
+        if tune:
+            bar.set_description("tune")
+            before = list(kept.values())[-1]
+            tuned, layers = tune_masks(
+                model, calibration.inputs, before, teacher, solver=solver, autocast=autocast, on_step=bar.update
+            )
+            tuned_loss = _held_out_loss(model, calibration, labels, tuned)
+            accepted = tuned_loss is None or tuned_loss <= loss
+            if not accepted:
+                log.warning("tuned scales raise the held-out loss from %.4f to %.4f and are dropped", loss, tuned_loss)
+            kept["tune"] = tuned if accepted else before
+            stages.append(_stage("tune", clock, budget, kept["tune"], tuned_loss if accepted else loss))
+    if measure_memory:
+        memory.__exit__(None, None, None)
+    report = PruneReport(
+        target=target,
+        rows=calibration.rows,
+        seq_len=budget.cost.seq_len,
+        calibration_loss=calibration.loss,
+        chance_loss=calibration.chance_loss,
+        dense_loss=dense_loss,
+        stages=stages,
+        layers=layers,
+        tuning_accepted=accepted,
+        dense_latency_ms=budget.table.predict(Masks.ones(shape)) if budget.table else None,
+        peak_bytes=memory.peak_bytes,
+    )
+    return PruneResult(model, list(kept.values())[-1], kept, report)
+
+
+class _Budget:
+    """Search and bookkeeping under one kind of target."""
+
+    def __init__(self, model, shape: Shape, target, calibration: Calibration, table: LatencyTable | None, round_to: int):
+        seq_len = calibration.mean_length if getattr(target, "seq_len", "auto") == "auto" else target.seq_len
+        self.cost = MacCost(shape, float(seq_len))
+        self.calibration, self.round_to = calibration, round_to
+        self.table = (table or LatencyTable.measure(model, target)) if isinstance(target, Latency) else None
+
+    def search(self, target: Macs | Latency) -> Masks:
+        importance = self.calibration.head_importance, self.calibration.filter_importance
+        if self.table is None:
+            return search_macs(*importance, self.cost, target, self.round_to)
+        return search_latency(*importance, self.table, target, self.round_to)
+
+
+class _Clock:
+    """Seconds since the last reading."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+def _stage(name: str, clock: _Clock, budget: _Budget, masks: Masks, loss: float | None) -> Stage:
+    latency = budget.table.predict(masks) if budget.table else None
+    ratio = budget.cost.ratio(masks)
+    return Stage(name, clock.read(), ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
+
+
+def _held_out_loss(
+    model: PreTrainedModel, calibration: Calibration, labels: str, masks: Masks | None = None
+) -> float | None:
+    """Mean loss over the held-out rows of the model as shrunk by `masks`; None without such rows or without labels."""
+    if not calibration.held_out_batches or labels == "model":
+        return None
+    small = model if masks is None else shrink(model, masks)
+    total = rows = 0.0
+    with torch.no_grad():
+        for batch in calibration.held_out_batches:
+            size = len(next(iter(batch.values())))
+            total += float(small(**batch).loss) * size
+            rows += size
+    return total / rows
+
+
+def _plain(values: dict) -> dict:
+    return {key: value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in values.items()}

@@ -1,0 +1,207 @@
+"""Mask tuning: real-valued scales for the kept heads and filters, layer by layer (ltp.md A.6; Kwon et al. 2022, 4.3).
+
+The teacher is the same weights under the masks searched at the square root of the budget. Going through the layers, the
+scales of the student's kept heads, then of its kept filters, are solved so that each output projection reproduces the
+teacher's residual sum on the calibration tokens; the student's inputs come from its own layers as tuned so far.
+
+Numbered as in the text of one layer:
+  1. the teacher runs its layer once and gives both targets; the student's attention contexts give the first equations;
+  2. head scales are solved, accepted or left at one; the student's FFN inputs and activations give the second ones;
+  3. filter scales likewise; the student moves on to the next layer.
+Only the hidden states that enter one layer are kept for all rows, of teacher and student. A solution is accepted if its
+scales are within bounds and the reconstruction error falls on held-out rows; a layer that fails is left as it was and
+tuning goes on. (The paper's code stops at the first failure and tests on no unseen rows.) In the last layer of a
+classifier only position 0 is read, so only it is reconstructed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from effnn.base import InvalidInput
+from effnn.ltp.adapters import adapter_for, reads_first_token_only
+from effnn.ltp.fisher import LayerInput
+from effnn.ltp.least_squares import NormalEquations, Sums
+from effnn.ltp.masks import Masks, Shape
+from effnn.ltp.sliced import SlicedLayer
+
+MAX_SCALE = 10.0
+"""A solution with a scale outside [-10, 10] is not accepted (the paper's bound)."""
+
+
+@dataclass(frozen=True)
+class LayerTuning:
+    """What became of the scales of one layer and kind ("heads" or "filters").
+
+    error_before, error_after: squared reconstruction error a token, scales at one and as solved, on held-out rows (on
+    the fitted rows where none are held out). reason: why it was not accepted, "" if it was.
+    """
+
+    layer: int
+    kind: str
+    kept: int
+    accepted: bool
+    reason: str
+    error_before: float
+    error_after: float
+
+    @property
+    def gain(self) -> float:
+        """Share of the reconstruction error that the scales remove; 0 where they were not accepted."""
+        return 1 - self.error_after / self.error_before if self.accepted and self.error_before > 0 else 0.0
+
+
+def tune_masks(
+    model: PreTrainedModel,
+    inputs: list[LayerInput],
+    masks: Masks,
+    teacher: Masks,
+    solver: str = "ridge",
+    autocast: torch.dtype | None = None,
+    max_cached_bytes: int = 256 << 20,
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[Masks, list[LayerTuning]]:
+    """Masks of the same structure with tuned scales, and what was done layer by layer.
+
+    inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
+    at the square root of the budget. max_cached_bytes: attention contexts up to this size are kept between steps 1 and
+    2, others are computed twice. on_step is called after each half of a layer.
+    """
+    if not inputs:
+        raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
+    if solver not in ("ridge", "lsmr"):
+        raise InvalidInput(f'solver={solver!r}: expected "ridge" or "lsmr"')
+    adapter = adapter_for(model)
+    layers = adapter.layers(model)
+    shape = Shape.of(model, adapter)
+    masks.check(shape)
+    teacher.check(shape)
+    tuned = Masks(masks.heads.clone(), masks.filters.clone())
+    done: list[LayerTuning] = []
+    device = inputs[0].states.device
+    run = _Run([_Rows(batch) for batch in inputs], max_cached_bytes)
+    inputs.clear()
+    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for index, layer in enumerate(layers):
+            parts = adapter.parts(layer)
+            last = index == len(layers) - 1
+            run.tokens = 1 if last and reads_first_token_only(model) else None
+            student = SlicedLayer.cut(parts, masks.heads[index], masks.filters[index])
+            equations = run.attention(SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0)
+            if equations is not None:
+                scale, outcome = equations.solve(index, "heads", solver)
+                student = student.scaled_heads(scale)
+                tuned.heads[index, masks.heads[index] != 0] = scale
+                done.append(outcome)
+            on_step()
+            equations = run.ffn(student)
+            if equations is not None:
+                scale, outcome = equations.solve(index, "filters", solver)
+                student = student.scaled_filters(scale)
+                tuned.filters[index, masks.filters[index] != 0] = scale
+                done.append(outcome)
+            if not last:
+                run.advance(student)
+            on_step()
+    return tuned, done
+
+
+class _Rows:
+    """Hidden states of one mini-batch on their way through the layers, teacher's and student's."""
+
+    def __init__(self, batch: LayerInput):
+        self.teacher = self.student = batch.states
+        self.attention_mask, self.live = batch.attention_mask, batch.live
+        self.fit_rows = len(batch.states) - batch.held_out
+        self.context: Tensor | None = None
+
+    def add(self, equations: "_Equations", inputs: Tensor, target: Tensor, tokens: int | None) -> None:
+        """Add the live tokens of (B, S, n) and (B, S, d) to the sums of the fitted and of the held-out rows."""
+        live = self.live[:, :tokens]
+        for sums, rows in ((equations.fit, slice(None, self.fit_rows)), (equations.held, slice(self.fit_rows, None))):
+            chosen = live[rows]
+            if bool(chosen.all()):
+                sums.add(inputs[rows].flatten(0, 1), target[rows].flatten(0, 1))
+            else:
+                sums.add(inputs[rows][chosen], target[rows][chosen])
+
+
+class _Run:
+    """The three steps of one layer over all mini-batches."""
+
+    def __init__(self, batches: list[_Rows], max_cached_bytes: int):
+        self.batches, self.max_cached_bytes = batches, max_cached_bytes
+        self.tokens: int | None = None
+
+    def attention(self, teacher: SlicedLayer, student: SlicedLayer, solve: bool) -> "_Equations | None":
+        """Step 1. Leaves the teacher's FFN residual sum in `batch.teacher`; the heads' equations, if they are wanted."""
+        solve = solve and student.heads > 0
+        equations = _Equations(student.out[0], student.parts.head_size, intercept=True) if solve else None
+        cached = 0
+        for batch in self.batches:
+            states = batch.teacher[:, : self.tokens]
+            context = teacher.context(batch.teacher, batch.attention_mask, self.tokens)
+            attention_sum = teacher.attention_sum(states, context)
+            middle = teacher.middle(attention_sum)
+            batch.teacher = teacher.ffn_sum(middle, teacher.activation(middle))
+            if equations is not None:
+                context = student.context(batch.student, batch.attention_mask, self.tokens)
+                target = _minus_bias(attention_sum - batch.student[:, : self.tokens], student.out[1])
+                batch.add(equations, context, target, self.tokens)
+                cached += context.nbytes
+                batch.context = context if cached <= self.max_cached_bytes else None
+        return equations
+
+    def ffn(self, student: SlicedLayer) -> "_Equations | None":
+        """Step 2. Leaves what enters the student's FFN in `batch.student`; the filters' equations, if any are kept."""
+        equations = _Equations(student.fc2[0], block=1, intercept=False) if student.filters else None
+        for batch in self.batches:
+            context = batch.context
+            if context is None:
+                context = student.context(batch.student, batch.attention_mask, self.tokens)
+            batch.student = student.middle(student.attention_sum(batch.student[:, : self.tokens], context))
+            batch.context = None
+            if equations is not None:
+                target = _minus_bias(batch.teacher - batch.student, student.fc2[1])
+                batch.add(equations, student.activation(batch.student), target, self.tokens)
+        return equations
+
+    def advance(self, student: SlicedLayer) -> None:
+        """Step 3. Teacher and student move on to what enters the next layer."""
+        for batch in self.batches:
+            batch.student = student.next_states(student.ffn_sum(batch.student, student.activation(batch.student)))
+            batch.teacher = student.next_states(batch.teacher)
+
+
+class _Equations:
+    """Sums of the fitted and of the held-out rows for one output projection."""
+
+    def __init__(self, weight: Tensor, block: int, intercept: bool):
+        self.intercept = intercept
+        self.fit, self.held = Sums(weight.T, block), Sums(weight.T, block)
+
+    def solve(self, layer: int, kind: str, solver: str) -> tuple[Tensor, LayerTuning]:
+        """Scales to use, (units,) float32 on the CPU, ones if the solution is not accepted; and what was found."""
+        weight_products = self.fit.weight @ self.fit.weight.T
+        fit = NormalEquations.of(self.fit, weight_products, self.intercept)
+        judge = NormalEquations.of(self.held, weight_products) if self.held.tokens else fit
+        scale = fit.solve(solver)
+        ones = torch.ones_like(scale)
+        before, after, reason = judge.error(ones), float("nan"), ""
+        if not bool(scale.isfinite().all()):
+            reason = "the normal matrix is not positive definite"
+        else:
+            after = judge.error(scale)
+            if float(scale.abs().max()) > MAX_SCALE:
+                reason = f"a scale of {float(scale.abs().max()):.1f} is beyond {MAX_SCALE:g}"
+            elif not after < before:
+                reason = "the error on held-out rows does not fall" if self.held.tokens else "the error does not fall"
+        scale = ones if reason else scale
+        return scale.float().cpu(), LayerTuning(layer, kind, len(scale), not reason, reason, before, after)
+
+
+def _minus_bias(target: Tensor, bias: Tensor | None) -> Tensor:
+    return target if bias is None else target - bias

@@ -1,0 +1,138 @@
+"""The calibration pass: gradients against autograd through explicit masks, per sample and per batch, and its errors."""
+
+import logging
+
+import pytest
+import torch
+from ltp_models import FAMILIES, QA_FAMILIES
+
+from effnn.base import InvalidInput
+from effnn.ltp import Masks, Shape, calibrate, masked
+
+
+def mask_gradients(model, batch):
+    """dloss/dmask by autograd through masks that really multiply."""
+    shape = Shape.of(model)
+    masks = Masks.ones(shape)
+    masks.heads.requires_grad_(), masks.filters.requires_grad_()
+    with masked(model, masks):
+        model(**batch).loss.backward()
+    model.zero_grad()
+    return masks.heads.grad, masks.filters.grad
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"qa:{name}" for name in QA_FAMILIES)])
+def test_batch_gradients_equal_autograd_through_masks(family):
+    model, batch = QA_FAMILIES[family[3:]]() if family.startswith("qa:") else FAMILIES[family]()
+    found = calibrate(model, [batch, batch], fisher="batch")
+    heads, filters = mask_gradients(model, batch)
+    assert heads.abs().max() > 1e-4
+    for index in range(2):
+        torch.testing.assert_close(found.head_gradients[index], heads, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found.filter_gradients[index], filters, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.head_importance, 2 * heads.double().square(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sample_gradients_equal_one_backward_a_row_and_average_to_the_batch(family):
+    model, batch = FAMILIES[family]()
+    rows = len(batch["labels"])
+    found = calibrate(model, [batch], fisher="sample")
+    assert found.head_gradients.shape[0] == found.filter_gradients.shape[0] == rows
+    for row in range(rows):
+        heads, filters = mask_gradients(model, {name: value[row : row + 1] for name, value in batch.items()})
+        torch.testing.assert_close(found.head_gradients[row], heads, atol=2e-6, rtol=1e-3)
+        torch.testing.assert_close(found.filter_gradients[row], filters, atol=2e-6, rtol=1e-3)
+    whole = calibrate(model, [batch], fisher="batch")
+    torch.testing.assert_close(found.head_gradients.mean(0), whole.head_gradients[0], atol=1e-6, rtol=1e-3)
+
+
+def test_nothing_is_left_on_the_model():
+    model, batch = FAMILIES["bert"]()
+    next(model.parameters()).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrate(model, [batch])
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_generator_of_batches_is_read_once_and_held_out_rows_add_up():
+    model, batch = FAMILIES["distilbert"]()
+    found = calibrate(model, (dict(batch) for _ in range(7)), holdout=0.25)
+    assert found.rows == 35
+    assert sum(item.held_out for item in found.inputs) == sum(len(b["labels"]) for b in found.held_out_batches) == 8
+    assert found.mean_length == pytest.approx(batch["attention_mask"].sum(1).float().mean().item())
+    assert not calibrate(model, [batch], holdout=0.0).held_out_batches
+
+
+def test_a_row_of_padding_only_changes_nothing_but_the_mean():
+    model, batch = FAMILIES["bert"]()
+    longer = {name: torch.nn.functional.pad(value, (0, 6)) if value.dim() == 2 else value for name, value in batch.items()}
+    plain, padded = calibrate(model, [batch]), calibrate(model, [longer])
+    torch.testing.assert_close(plain.head_gradients, padded.head_gradients, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(plain.filter_gradients, padded.filter_gradients, atol=1e-6, rtol=1e-3)
+    assert plain.mean_length == padded.mean_length
+
+
+def test_labels_from_the_model_need_no_labels_and_follow_the_seed():
+    model, batch = FAMILIES["electra"]()
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+    draws = [
+        calibrate(model, [unlabelled], labels="model", generator=torch.Generator().manual_seed(seed)).head_gradients
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert any(not torch.equal(draws[0], other) for other in draws[2:])
+
+
+def test_bf16_autocast_stays_close():
+    model, batch = FAMILIES["bert"]()
+    exact, half = calibrate(model, [batch]), calibrate(model, [batch], autocast=torch.bfloat16)
+    assert half.filter_gradients.dtype == torch.float32
+    error = (half.filter_gradients - exact.filter_gradients).norm() / exact.filter_gradients.norm()
+    assert 0 < error < 0.1
+
+
+class TestErrors:
+    def test_training_mode(self):
+        model, batch = FAMILIES["bert"]()
+        with pytest.raises(InvalidInput, match="model.eval"):
+            calibrate(model.train(), [batch])
+
+    def test_no_labels(self):
+        model, batch = FAMILIES["bert"]()
+        with pytest.raises(InvalidInput, match='"labels".*labels="model"'):
+            calibrate(model, [{"input_ids": batch["input_ids"]}])
+
+    def test_empty_loader(self):
+        with pytest.raises(InvalidInput, match="empty"):
+            calibrate(FAMILIES["bert"]()[0], [])
+
+    def test_nan_loss(self):
+        model, batch = FAMILIES["vit"]()
+        with pytest.raises(InvalidInput, match="batch 1 is nan"):
+            calibrate(model, [batch, batch | {"pixel_values": batch["pixel_values"] * float("nan")}])
+
+    @pytest.mark.parametrize("bad", [{"fisher": "row"}, {"labels": "none"}, {"holdout": 1.0}])
+    def test_options(self, bad):
+        model, batch = FAMILIES["bert"]()
+        with pytest.raises(InvalidInput, match="expected"):
+            calibrate(model, [batch], **bad)
+
+    def test_an_untrained_model_is_warned_of_and_a_fitting_one_is_not(self, caplog):
+        model, batch = FAMILIES["bert"]()
+        with caplog.at_level(logging.WARNING):
+            calibrate(model, [batch])
+        assert "near the" in caplog.text and "fine-tuned" in caplog.text
+        caplog.clear()
+        batch["labels"] = model(**batch).logits.argmax(-1)
+        with torch.no_grad():  # certain of its own answers
+            for parameter in model.classifier.parameters():
+                parameter.mul_(30)
+        with caplog.at_level(logging.WARNING):
+            calibrate(model, [batch])
+        assert not caplog.text

@@ -1,0 +1,225 @@
+"""Mask tuning: the Gram identities against the design matrix, the solvers, the layer pieces, acceptance, its errors."""
+
+import plain_ltp
+import pytest
+import torch
+from ltp_models import FAMILIES, QA_FAMILIES
+
+from effnn.base import InvalidInput
+from effnn.ltp import Macs, MacCost, Masks, Shape, adapter_for, calibrate, masked, search_macs, tune_masks
+from effnn.ltp.least_squares import RELATIVE_RIDGE, NormalEquations, Sums
+from effnn.ltp.sliced import SlicedLayer, run_encoder
+
+
+def random_problem(block, units=6, tokens=40, hidden=10, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, units * block, generator=generator, dtype=dtype)
+    weight = torch.randn(hidden, units * block, generator=generator, dtype=dtype)
+    target = torch.randn(tokens, hidden, generator=generator, dtype=dtype)
+    return inputs, weight, target
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_normal_equations_equal_those_of_the_design_matrix(block, intercept):
+    inputs, weight, target = random_problem(block)
+    sums = Sums(weight.T, block)
+    for rows in (slice(0, 15), slice(15, 15), slice(15, 40)):  # in pieces, one of them empty
+        sums.add(inputs[rows], target[rows])
+    found = NormalEquations.of(sums, weight.T @ weight, intercept)
+    design = plain_ltp.design_matrix(inputs, weight, block)
+    if intercept:
+        design = torch.cat([design, torch.ones(len(design), 1, dtype=design.dtype)], 1)
+    torch.testing.assert_close(found.matrix, design.T @ design, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.rhs, design.T @ target.flatten(), rtol=1e-5, atol=1e-3)
+    scale = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    error = ((design[:, :6] @ scale - target.flatten()) ** 2).sum() / len(inputs)
+    assert found.error(scale) == pytest.approx(float(error), rel=1e-5)
+
+
+def test_wide_products_by_blocks_equal_the_whole_product():
+    inputs, weight, target = random_problem(1, units=301, tokens=50)
+    sums = Sums(weight.T, 1)
+    sums.add(inputs, target)
+    torch.testing.assert_close(sums.products, (inputs.float().T @ inputs.float()).double(), rtol=1e-5, atol=1e-4)
+
+
+def test_solvers_recover_planted_scales_and_match_their_definitions():
+    inputs, weight, _ = random_problem(4, tokens=400)
+    planted = torch.tensor([0.3, 1.7, -0.5, 1.0, 2.0, 0.9], dtype=torch.float64)
+    target = (inputs * planted.repeat_interleave(4)) @ weight.T
+    sums = Sums(weight.T, 4)
+    sums.add(inputs, target)
+    equations = NormalEquations.of(sums, weight.T @ weight, intercept=True)
+    residual = equations.rhs - equations.matrix[:, :6].sum(1)
+    damped = equations.matrix + RELATIVE_RIDGE * equations.matrix.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    torch.testing.assert_close(equations.solve("ridge"), 1 + torch.linalg.solve(damped, residual)[:6])
+    # LSMR with damping 1 on M delta = r minimises |M delta - r|^2 + |delta|^2
+    stacked = torch.cat([equations.matrix, torch.eye(7, dtype=torch.float64)])
+    least = torch.linalg.lstsq(stacked, torch.cat([residual, torch.zeros(7, dtype=torch.float64)])).solution
+    torch.testing.assert_close(equations.solve("lsmr"), 1 + least[:6])
+    for solver in ("ridge", "lsmr"):
+        torch.testing.assert_close(equations.solve(solver), planted, atol=5e-3, rtol=0)
+
+
+def test_a_single_unknown_is_solved_undamped():
+    inputs, weight, _ = random_problem(4, units=1)
+    sums = Sums(weight.T, 4)
+    sums.add(inputs, 2.5 * inputs @ weight.T)
+    assert NormalEquations.of(sums, weight.T @ weight).solve().item() == pytest.approx(2.5, rel=1e-5)
+
+
+def uneven_masks(shape, seed=0, scaled=False):
+    generator = torch.Generator().manual_seed(seed)
+    heads = (torch.rand(shape.layers, shape.heads, generator=generator) < 0.6).float()
+    filters = (torch.rand(shape.layers, shape.filters, generator=generator) < 0.6).float()
+    heads[:, 0], filters[:, 0] = 1, 1
+    if scaled:
+        heads *= 0.5 + torch.rand(heads.shape, generator=generator)
+        filters *= 0.5 + torch.rand(filters.shape, generator=generator)
+    return Masks(heads, filters)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_layers_compute_what_the_masked_model_computes(family, attention):
+    model, batch = FAMILIES[family]()
+    model.set_attn_implementation(attention)
+    adapter, shape = adapter_for(model), Shape.of(model)
+    masks = uneven_masks(shape, scaled=True)
+    masks.heads[1] = 0  # a layer without heads
+    given = calibrate(model, [batch]).inputs[0]
+    slices = [
+        SlicedLayer.cut(adapter.parts(layer), masks.heads[i], masks.filters[i])
+        for i, layer in enumerate(adapter.layers(model))
+    ]
+    found = run_encoder(slices, given.states, given.attention_mask)
+    with torch.no_grad(), masked(model, masks):
+        expected = model(**batch, output_hidden_states=True).hidden_states[-1]
+        assert (expected - run_encoder(slices[:1], given.states, given.attention_mask))[given.live].abs().max() > 1e-2
+    assert (found - expected)[given.live].abs().max() < 2e-5
+
+
+def rows_of(batch, copies, seed=0):
+    """More rows like those of the batch: tokens shuffled within the vocabulary, same padding."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(copies):
+        new = dict(batch)
+        if "input_ids" in batch:
+            drawn = torch.randint(5, 60, batch["input_ids"].shape, generator=generator)
+            new["input_ids"] = torch.where(batch["attention_mask"].bool(), drawn, batch["input_ids"])
+        else:
+            new["pixel_values"] = torch.randn(batch["pixel_values"].shape, generator=generator)
+        made.append(new)
+    return made
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"qa:{name}" for name in QA_FAMILIES)])
+@pytest.mark.parametrize("solver", ["ridge", "lsmr"])
+def test_accepted_scales_lower_the_error_and_others_stay_one(family, solver):
+    model, batch = QA_FAMILIES[family[3:]]() if family.startswith("qa:") else FAMILIES[family]()
+    shape = Shape.of(model)
+    masks = uneven_masks(shape)
+    batches = rows_of(batch, 12)
+    tuned, layers = tune_masks(model, calibrate(model, batches).inputs, masks, Masks.ones(shape), solver=solver)
+    assert torch.equal(tuned.heads != 0, masks.heads != 0) and torch.equal(tuned.filters != 0, masks.filters != 0)
+    assert [(item.layer, item.kind) for item in layers] == [
+        (layer, kind) for layer in range(shape.layers) for kind in ("heads", "filters") if (layer, kind) != (0, "heads")
+    ]
+    assert any(item.accepted for item in layers)
+    for item in layers:
+        changed = (getattr(tuned, item.kind)[item.layer] != getattr(masks, item.kind)[item.layer]).any()
+        assert bool(changed) == item.accepted
+        if item.accepted:
+            assert item.error_after < item.error_before and 0 < item.gain <= 1
+
+
+def test_an_unpruned_student_of_an_unpruned_teacher_keeps_its_scales():
+    model, batch = FAMILIES["bert"]()
+    ones = Masks.ones(Shape.of(model))
+    tuned, layers = tune_masks(model, calibrate(model, rows_of(batch, 4)).inputs, ones, ones)
+    torch.testing.assert_close(tuned.heads, ones.heads, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tuned.filters, ones.filters, atol=1e-4, rtol=0)
+
+
+def test_a_layer_that_fails_is_skipped_and_later_ones_are_still_tuned(monkeypatch):
+    model, batch = FAMILIES["bert"]()
+    shape = Shape.of(model)
+    masks = uneven_masks(shape)
+    solve, calls = NormalEquations.solve, []
+
+    def spoil_second(self, solver):
+        calls.append(1)
+        result = solve(self, solver)
+        return result * 1000 if len(calls) == 2 else result * torch.nan if len(calls) == 3 else result
+
+    monkeypatch.setattr(NormalEquations, "solve", spoil_second)
+    tuned, layers = tune_masks(model, calibrate(model, rows_of(batch, 12)).inputs, masks, Masks.ones(shape))
+    assert not layers[1].accepted and "beyond" in layers[1].reason
+    assert not layers[2].accepted and "positive definite" in layers[2].reason
+    assert torch.equal(tuned.heads[1], masks.heads[1]) and torch.equal(tuned.filters[1], masks.filters[1])
+    assert any(item.accepted for item in layers[3:])
+
+
+def test_only_position_zero_counts_in_the_last_layer_of_a_classifier():
+    model, batch = FAMILIES["bert"]()
+    shape = Shape.of(model)
+    inputs = calibrate(model, rows_of(batch, 6), holdout=0).inputs
+    rows = sum(len(item.states) for item in inputs)
+    tokens = []
+    add = Sums.add
+
+    def count(self, inputs, target):
+        tokens.append(len(inputs))
+        add(self, inputs, target)
+
+    Sums.add = count
+    try:
+        tune_masks(model, inputs, uneven_masks(shape), Masks.ones(shape))
+    finally:
+        Sums.add = add
+    assert sum(tokens[-2 * 6 * 2 :]) == 2 * rows  # heads and filters of the last layer: one token a row
+    assert sum(tokens[: 2 * 6]) == sum(int(b["attention_mask"].sum()) for b in [batch]) * 6
+
+
+def test_cached_contexts_change_nothing():
+    model, batch = FAMILIES["distilbert"]()
+    shape = Shape.of(model)
+    masks = uneven_masks(shape)
+    results = [
+        tune_masks(model, calibrate(model, rows_of(batch, 4)).inputs, masks, Masks.ones(shape), max_cached_bytes=limit)[0]
+        for limit in (0, 3000, 1 << 20)
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(results[0].heads, other.heads)
+        torch.testing.assert_close(results[0].filters, other.filters)
+
+
+def test_tuning_brings_the_pruned_model_nearer_to_its_teacher():
+    """Not only layer by layer: the encoder's output on rows that tuning never saw."""
+    model, batch = FAMILIES["roberta"]()
+    shape = Shape.of(model)
+    found = calibrate(model, rows_of(batch, 30, seed=1))
+    target = Macs(0.6)
+    cost = MacCost(shape, found.mean_length)
+    masks = search_macs(found.head_importance, found.filter_importance, cost, target)
+    teacher = search_macs(found.head_importance, found.filter_importance, cost, target.relaxed())
+    tuned, _ = tune_masks(model, found.inputs, masks, teacher)
+    unseen = rows_of(batch, 5, seed=2)
+
+    def logits(with_masks):
+        with torch.no_grad(), masked(model, with_masks):
+            return torch.cat([model(**rows).logits for rows in unseen])
+
+    goal = logits(teacher)
+    assert (logits(tuned) - goal).square().mean() < (logits(masks) - goal).square().mean()
+
+
+def test_it_says_what_it_needs():
+    model, _ = FAMILIES["bert"]()
+    ones = Masks.ones(Shape.of(model))
+    with pytest.raises(InvalidInput, match="keep_inputs"):
+        tune_masks(model, [], ones, ones)
+    with pytest.raises(InvalidInput, match='"ridge" or "lsmr"'):
+        tune_masks(model, [object()], ones, ones, solver="svd")
