@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def remember(name: str, key: Mapping[str, object], compute: Callable[[], T], code: Iterable[ModuleType | Callable]) -> T:
+def remember(
+    name: str, key: Mapping[str, object], compute: Callable[[], T], code: Iterable[ModuleType | Callable]
+) -> T:
     """Return the stored value of `compute()` for this `key` and this version of `code`, making it if there is none.
 
     name: folder under data/cache, e.g. "classifier". key: everything the value depends on (parameters, data

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from effnn.ltp.masks import Masks
+
 LAYERS, HEADS, HIDDEN, FILTERS = 3, 4, 32, 48
 VOCABULARY, LABELS = 60, 3
 LENGTHS = (13, 9, 5, 12, 2)
@@ -60,7 +62,12 @@ def _config(model_type: str, **sizes: int):
     config = AutoConfig.for_model(model_type)
     shared = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": HIDDEN}
     if model_type == "distilbert":
-        own = {"hidden_dim": FILTERS, "vocab_size": VOCABULARY, "max_position_embeddings": 40, "seq_classif_dropout": 0.0}
+        own = {
+            "hidden_dim": FILTERS,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 40,
+            "seq_classif_dropout": 0.0,
+        }
     elif model_type == "vit":
         own = {"intermediate_size": FILTERS, "image_size": 12, "patch_size": 4}
     else:
@@ -116,3 +123,22 @@ def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits])
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def tuned_masks(kind: str = "uneven") -> Masks:
+    """Uneven structure and scales as tuning leaves them: not 0 and 1, some negative. kind: what layer 1 lacks."""
+    generator = torch.Generator().manual_seed(7)
+    heads = torch.tensor([[1.2, 0, 0.7, -0.4], [0, 0, 1.5, 0], [0.9, 1.1, 1.0, 1.3]])
+    filters = 0.5 + torch.rand(LAYERS, FILTERS, generator=generator)
+    filters[:, ::5] *= -1
+    filters[torch.rand(LAYERS, FILTERS, generator=generator) > torch.tensor([[0.3], [0.9], [0.6]])] = 0
+    if kind in ("no heads", "neither"):
+        heads[1] = 0
+    if kind in ("no filters", "neither"):
+        filters[1] = 0
+    return Masks(heads * 0, filters * 0) if kind == "all empty" else Masks(heads, filters)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).abs().max().item()

@@ -40,7 +40,9 @@ def design_matrix(inputs: Tensor, weight: Tensor, block: int) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def best_prefixes(head_importance: Tensor, filter_importance: Tensor, head_cost: float, filter_cost: float, budget: float):
+def best_prefixes(
+    head_importance: Tensor, filter_importance: Tensor, head_cost: float, filter_cost: float, budget: float
+):
     """Greatest kept importance within the budget, by trying every pair of numbers of heads and filters."""
     heads = torch.cat([torch.zeros(1), head_importance.flatten().sort(descending=True).values.cumsum(0)])
     filters = torch.cat([torch.zeros(1), filter_importance.flatten().sort(descending=True).values.cumsum(0)])

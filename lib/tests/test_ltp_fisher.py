@@ -71,7 +71,9 @@ def test_a_generator_of_batches_is_read_once_and_held_out_rows_add_up():
 
 def test_a_row_of_padding_only_changes_nothing_but_the_mean():
     model, batch = FAMILIES["bert"]()
-    longer = {name: torch.nn.functional.pad(value, (0, 6)) if value.dim() == 2 else value for name, value in batch.items()}
+    longer = {
+        name: torch.nn.functional.pad(value, (0, 6)) if value.dim() == 2 else value for name, value in batch.items()
+    }
     plain, padded = calibrate(model, [batch]), calibrate(model, [longer])
     torch.testing.assert_close(plain.head_gradients, padded.head_gradients, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(plain.filter_gradients, padded.filter_gradients, atol=1e-6, rtol=1e-3)

@@ -103,7 +103,13 @@ def test_an_infeasible_minimum_names_the_smallest_feasible_ratio():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"ratio": 0.0}, {"ratio": 1.5}, {"ratio": 0.5, "seq_len": "long"}, {"ratio": 0.5, "allocation": "x"}, {"ratio": 0.5, "min_heads": -1}],
+    [
+        {"ratio": 0.0},
+        {"ratio": 1.5},
+        {"ratio": 0.5, "seq_len": "long"},
+        {"ratio": 0.5, "allocation": "x"},
+        {"ratio": 0.5, "min_heads": -1},
+    ],
 )
 def test_a_bad_target_is_refused(bad):
     with pytest.raises(InvalidInput, match="expected"):
@@ -130,7 +136,9 @@ def test_rearrangement_equals_the_plain_greedy_and_never_raises_the_loss(seed, u
     cheapest = torch.ones_like(mask)
     for layer, row in enumerate(gradients.square().sum(0)):
         cheapest[layer, row.argsort()[: int((mask[layer] == 0).sum())]] = 0
-    warm, once, often = (quadratic_loss(gradients, m) for m in (cheapest, result, rearrange(gradients, mask, passes=20)))
+    warm, once, often = (
+        quadratic_loss(gradients, m) for m in (cheapest, result, rearrange(gradients, mask, passes=20))
+    )
     assert (once <= warm * (1 + 1e-9) + 1e-12).all()
     assert (often <= once * (1 + 1e-9) + 1e-12).all()
 

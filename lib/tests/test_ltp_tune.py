@@ -6,7 +6,7 @@ import torch
 from ltp_models import FAMILIES, QA_FAMILIES
 
 from effnn.base import InvalidInput
-from effnn.ltp import Macs, MacCost, Masks, Shape, adapter_for, calibrate, masked, search_macs, tune_masks
+from effnn.ltp import MacCost, Macs, Masks, Shape, adapter_for, calibrate, masked, search_macs, tune_masks
 from effnn.ltp.least_squares import RELATIVE_RIDGE, NormalEquations, Sums
 from effnn.ltp.sliced import SlicedLayer, run_encoder
 
@@ -188,7 +188,9 @@ def test_cached_contexts_change_nothing():
     shape = Shape.of(model)
     masks = uneven_masks(shape)
     results = [
-        tune_masks(model, calibrate(model, rows_of(batch, 4)).inputs, masks, Masks.ones(shape), max_cached_bytes=limit)[0]
+        tune_masks(model, calibrate(model, rows_of(batch, 4)).inputs, masks, Masks.ones(shape), max_cached_bytes=limit)[
+            0
+        ]
         for limit in (0, 3000, 1 << 20)
     ]
     for other in results[1:]:

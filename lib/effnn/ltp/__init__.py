@@ -17,7 +17,7 @@ from effnn.ltp.latency_table import Latency, LatencyTable
 from effnn.ltp.macs import MacCost, Macs, search_macs
 from effnn.ltp.masks import Masks, Shape, masked
 from effnn.ltp.prune import PruneReport, PruneResult, Stage, prune
-from effnn.ltp.pruned_models import load_pruned
+from effnn.ltp.pruned_models import load_pruned, register_pruned
 from effnn.ltp.rearrange import quadratic_loss, rearrange
 from effnn.ltp.shrink import pad, shrink
 from effnn.ltp.tune import LayerTuning, tune_masks
@@ -48,6 +48,7 @@ __all__ = [
     "quadratic_loss",
     "rearrange",
     "register_adapter",
+    "register_pruned",
     "search_latency",
     "search_macs",
     "shrink",

@@ -92,7 +92,9 @@ def calibrate(
     Raises InvalidInput for a model in training mode, an empty loader, missing labels, a loss that is not finite.
     """
     if model.training:
-        raise InvalidInput("the model is in training mode, so dropout would enter the Fisher information: call model.eval()")
+        raise InvalidInput(
+            "the model is in training mode, so dropout would enter the Fisher information: call model.eval()"
+        )
     if fisher not in ("batch", "sample"):
         raise InvalidInput(f'fisher={fisher!r}: expected "batch" or "sample"')
     if labels not in ("data", "model"):
@@ -136,9 +138,18 @@ def calibrate(
                 held_out.append({name: value[size - kept_out :] for name, value in batch.items()})
             on_batch()
     if not losses:
-        raise InvalidInput("the calibration loader is empty: expected at least one mini-batch, usually 2048 rows in all")
+        raise InvalidInput(
+            "the calibration loader is empty: expected at least one mini-batch, usually 2048 rows in all"
+        )
     result = Calibration(
-        torch.cat(heads), torch.cat(filters), sum(losses) / len(losses), chance.value(), tokens / rows, rows, inputs, held_out
+        torch.cat(heads),
+        torch.cat(filters),
+        sum(losses) / len(losses),
+        chance.value(),
+        tokens / rows,
+        rows,
+        inputs,
+        held_out,
     )
     if result.chance_loss is not None and result.loss > NEAR_CHANCE * result.chance_loss:
         log.warning(

@@ -141,7 +141,7 @@ def _fill(picks: Tensor, cost: Tensor, value: Tensor, budget: float) -> Tensor:
 def _states(
     cost: Tensor, value: Tensor, keep: Tensor, price: float, top: Tensor, slack: float, budget: float
 ) -> tuple[Tensor | None, bool]:
-    """Dynamic programming over the kept options: picks that lose less than `slack`, or None; whether nothing was binned."""
+    """Dynamic programming over the kept options: picks losing less than `slack`, or None; and whether it is exact."""
     exact = True
     cheapest = cost[:, 0].sum()
     cost_so_far, value_so_far = cost.new_zeros(1), cost.new_zeros(1)

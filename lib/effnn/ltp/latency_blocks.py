@@ -15,6 +15,7 @@ heads or filters runs what is left of it: a bias, the residual sum, the normalis
 
 import copy
 import itertools
+import math
 import random
 import statistics
 import time
@@ -27,13 +28,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from effnn.ltp.adapters import Adapter, adapter_for
+from effnn.ltp.cut import cut
 from effnn.ltp.latency_measure import evaluating, random_inputs
 from effnn.ltp.masks import Shape
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Median ms. heads, filters: number kept -> block; dense_ms: the dense model; rest_ms: what its layers do not take."""
+    """Median ms. heads, filters: number kept -> block; dense_ms: dense model; rest_ms: what its layers do not take."""
 
     heads: dict[int, float]
     filters: dict[int, float]
@@ -58,62 +60,29 @@ def measure_blocks(
     order = random.Random(0)
     clock = _Clock(model.device)
     layers = adapter.layers(model)
-    widths = max(len(heads), len(filters))  # a round takes every width at least once
-    with evaluating(model), torch.inference_mode(), torch.cuda.device(model.device if clock.on_gpu else -1):
+    passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
+    with evaluating(model), torch.cuda.device(model.device if clock.on_gpu else -1):
         inputs = itertools.cycle(random_inputs(model, batch, seq_len))
         received = _received_by(layers[0], model, next(inputs))
-        steps = tqdm(range(repeats + 1), desc="latency table", leave=False, delay=3, disable=not progress)
-        for round_index in steps:
+        steps = tqdm(total=(repeats + 1) * passes, desc="latency table", leave=False, delay=3, disable=not progress)
+        for round_index in range(repeats + 1):
             counted = round_index > 0  # the first round warms up
-            pairs = list(zip(_spread(list(heads), widths, order), _spread(list(filters), widths, order), strict=True))
-            for start in range(0, widths, shape.layers):
-                group = pairs[start : start + shape.layers]
-                cut = [_Timed(layer, adapter, n, m, clock) for layer, (n, m) in zip(layers, group, strict=False)]
-                times = _run(cut, received, clock)
+            head_counts = _spread(list(heads), passes * shape.layers, order)
+            filter_counts = _spread(list(filters), passes * shape.layers, order)
+            for start in range(0, passes * shape.layers, shape.layers):
+                widths = head_counts[start : start + shape.layers], filter_counts[start : start + shape.layers]
+                times = _run(_cut_layers(model, adapter, *widths, clock), received, clock)
                 if counted:
-                    for (n, m), (attention_ms, ffn_ms) in zip(group, times, strict=True):
+                    for n, m, (attention_ms, ffn_ms) in zip(*widths, times, strict=True):
                         heads[n].append(attention_ms)
                         filters[m].append(ffn_ms)
+                steps.update()
             total, inside = _run_dense(model, layers, next(inputs), clock)
             if counted:
                 rest.append(max(total - inside, 0.0))
                 whole.append(total)
+        steps.close()
     return BlockTimes(_medians(heads), _medians(filters), statistics.median(rest), statistics.median(whole))
-
-
-def cut_layer(layer: nn.Module, adapter: Adapter, heads: int, filters: int) -> nn.Module:
-    """Cut `layer` itself to its first heads and filters; returns it. Right in shape and time, not in what is kept."""
-    names = adapter.linear_names
-    width = adapter.parts(layer).head_size * heads
-    for part in ("query", "key", "value"):
-        _cut_linear(layer.get_submodule(names[part]), rows=width)
-    _cut_linear(layer.get_submodule(names["out"]), columns=width)
-    _cut_linear(layer.get_submodule(names["fc1"]), rows=filters)
-    _cut_linear(layer.get_submodule(names["fc2"]), columns=filters)
-    if heads == 0:  # the attention classes cannot infer a head count of zero
-        core = names["query"].rpartition(".")[0]
-        out = layer.get_submodule(names["out"]) if names["out"].startswith(core + ".") else None
-        layer.set_submodule(core, _NoHeads(out))
-    return layer
-
-
-def _cut_linear(linear: nn.Linear, rows: int | None = None, columns: int | None = None) -> None:
-    linear.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone(), requires_grad=False)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[:rows].clone(), requires_grad=False)
-    linear.out_features, linear.in_features = linear.weight.shape
-
-
-class _NoHeads(nn.Module):
-    """Attention without heads: an empty context, or the output projection's bias where the projection is inside."""
-
-    def __init__(self, out: nn.Linear | None):
-        super().__init__()
-        self.out = out
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
-        context = hidden_states.new_empty(*hidden_states.shape[:-1], 0)
-        return (context if self.out is None else self.out(context)), None
 
 
 class _Clock:
@@ -139,17 +108,16 @@ class _Clock:
 
 
 class _Timed:
-    """A cut copy of a layer that marks its beginning, the end of its attention block, and its end."""
+    """A layer that marks its beginning, the end of its attention block, and its end."""
 
-    def __init__(self, layer: nn.Module, adapter: Adapter, heads: int, filters: int, clock: _Clock):
-        self.layer, self.clock = copy.deepcopy(layer), clock
+    def __init__(self, layer: nn.Module, adapter: Adapter, clock: _Clock):
+        self.layer, self.clock = layer, clock
         self.begin = self.middle = self.end = None
-        parts = adapter.parts(self.layer)
+        parts = adapter.parts(layer)
         if parts.norm_after_attention is not None:
             parts.norm_after_attention.register_forward_hook(self._boundary)
         else:
             (parts.norm_before_ffn or parts.fc1).register_forward_pre_hook(self._boundary)
-        cut_layer(self.layer, adapter, heads, filters)
 
     def _boundary(self, *_: object) -> None:
         self.middle = self.clock.mark()
@@ -165,25 +133,37 @@ class _Timed:
         return self.clock.ms(self.begin, self.middle), self.clock.ms(self.middle, self.end)
 
 
+def _cut_layers(
+    model: PreTrainedModel, adapter: Adapter, heads: list[int], filters: list[int], clock: _Clock
+) -> list[_Timed]:
+    """Copies of the model's layers, each cut to its first heads and filters: which ones does not matter to time."""
+    small = copy.deepcopy(model)
+    layers = [_Timed(layer, adapter, clock) for layer in adapter.layers(small)]
+    cut(small, adapter, [list(range(n)) for n in heads], [list(range(m)) for m in filters])
+    return layers
+
+
 def _received_by(layer: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple, dict]:
     """What `layer` is called with when `model` runs: hidden states, other arguments, keyword arguments."""
     calls = []
     handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     try:
-        model(**inputs)
+        with torch.inference_mode():
+            model(**inputs)
     finally:
         handle.remove()
     (hidden, *args), kwargs = calls[0]
     return hidden, tuple(args), kwargs
 
 
-def _run(cut: list[_Timed], received: tuple[Tensor, tuple, dict], clock: _Clock) -> list[tuple[float, float]]:
+def _run(layers: list[_Timed], received: tuple[Tensor, tuple, dict], clock: _Clock) -> list[tuple[float, float]]:
     hidden, args, kwargs = received
     clock.wait()
-    for layer in cut:
-        hidden = layer(hidden, args, kwargs)
+    with torch.inference_mode():
+        for layer in layers:
+            hidden = layer(hidden, args, kwargs)
     clock.wait()
-    return [layer.times() for layer in cut]
+    return [layer.times() for layer in layers]
 
 
 def _run_dense(
@@ -198,7 +178,8 @@ def _run_dense(
     try:
         clock.wait()
         begin = clock.mark()
-        model(**inputs)
+        with torch.inference_mode():
+            model(**inputs)
         end = clock.mark()
         clock.wait()
     finally:

@@ -42,7 +42,7 @@ class Latency:
     dtype: str | torch.dtype | None = None
     latency_model: str = "table"
     grid: int = 32
-    repeats: int = 7
+    repeats: int = 11
     min_heads: int = 0
     min_filters: int = 0
 

@@ -89,7 +89,9 @@ def search_macs(
     """
     shape = cost.shape
     if target.min_heads > shape.heads or target.min_filters > shape.filters:
-        raise InvalidInput(f"the minimum per layer exceeds the {shape.heads} heads or {shape.filters} filters of a layer")
+        raise InvalidInput(
+            f"the minimum per layer exceeds the {shape.heads} heads or {shape.filters} filters of a layer"
+        )
     if not 1 <= round_to <= shape.filters:
         raise InvalidInput(f"round_to={round_to}: expected a number from 1 to the {shape.filters} filters of a layer")
     heads = _Units(head_importance.double(), cost.head, chunk=1, minimum=target.min_heads)

@@ -37,7 +37,9 @@ class Shape:
             heads = parts.out.in_features // parts.head_size
             sizes.append((heads, parts.fc1.out_features, parts.out.out_features, parts.head_size))
         if len(set(sizes)) != 1:
-            raise InvalidInput("the layers differ in heads or filters: was this model pruned before? Start from a dense one")
+            raise InvalidInput(
+                "the layers differ in heads or filters: was this model pruned before? Start from a dense one"
+            )
         heads, filters, hidden, head_size = sizes[0]
         return cls(len(sizes), heads, filters, hidden, head_size)
 

@@ -144,6 +144,9 @@ def prune(
         raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
     batches = len(calibration_loader) if hasattr(calibration_loader, "__len__") else None
     device = next(model.parameters()).device
+    if isinstance(target, Latency) and table is None:
+        # before the calibration, so that a device that is not here is found at once
+        table = LatencyTable.measure(model, target, progress=progress)
     memory = PeakMemory(device)
     if measure_memory:
         memory.__enter__()
@@ -161,7 +164,7 @@ def prune(
             generator=torch.Generator().manual_seed(seed),
             on_batch=bar.update,
         )
-        budget = _Budget(model, shape, target, calibration, table, round_to)
+        budget = _Budget(shape, target, calibration, table, round_to)
         dense_loss = _held_out_loss(model, calibration, labels)
         stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
 
@@ -215,11 +218,11 @@ def prune(
 class _Budget:
     """Search and bookkeeping under one kind of target."""
 
-    def __init__(self, model, shape: Shape, target, calibration: Calibration, table: LatencyTable | None, round_to: int):
-        seq_len = calibration.mean_length if getattr(target, "seq_len", "auto") == "auto" else target.seq_len
-        self.cost = MacCost(shape, float(seq_len))
+    def __init__(self, shape: Shape, target, calibration: Calibration, table: LatencyTable | None, round_to: int):
+        given = isinstance(target, Macs) and target.seq_len != "auto"
+        self.cost = MacCost(shape, float(target.seq_len if given else calibration.mean_length))
         self.calibration, self.round_to = calibration, round_to
-        self.table = (table or LatencyTable.measure(model, target)) if isinstance(target, Latency) else None
+        self.table = table if isinstance(target, Latency) else None
 
     def search(self, target: Macs | Latency) -> Masks:
         importance = self.calibration.head_importance, self.calibration.filter_importance
@@ -263,4 +266,6 @@ def _held_out_loss(
 
 
 def _plain(values: dict) -> dict:
-    return {key: value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in values.items()
+    }

@@ -3,21 +3,20 @@
 Each stock class gets a subclass with "Pruned" before its name (PrunedBertForSequenceClassification, ...) and each
 configuration one that holds which heads and filters of the dense model were kept. The sizes are read from it when the
 model is built, so `save_pretrained`, `from_pretrained` and the Auto classes work. Importing this file registers them.
-How a dense model becomes one of these is in shrink.py.
+How a layer is cut is in cut.py, how a dense model becomes one of these in shrink.py.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
-from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from effnn.base import InvalidInput
 from effnn.ltp.adapters import PRUNED_PREFIX, Adapter, adapter_for_type
+from effnn.ltp.cut import cut
 from effnn.ltp.saving import CONFIG, whole_folder
 
 _FAMILIES = {
@@ -124,7 +123,9 @@ def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise InvalidInput(f"{folder} holds no {CONFIG}: expected the folder of a saved pruned model (or it is half written)")
+        raise InvalidInput(
+            f"{folder} holds no {CONFIG}: expected the folder of a saved pruned model (or it is half written)"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type, names = str(config.get("model_type")), config.get("architectures") or [""]
@@ -139,100 +140,25 @@ def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
     found = (known for known in _PRUNED.values() if names[0] in (known.__name__, known.dense_class.__name__))
     model_class = next(found, None)
     if model_class is None or model_class.config_class.model_type != model_type:
-        raise InvalidInput(f"{folder} holds a {names[0]} ({model_type}), which is not registered: see effnn.ltp.register_pruned")
+        raise InvalidInput(
+            f"{folder} holds a {names[0]} ({model_type}), which is not registered: see effnn.ltp.register_pruned"
+        )
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except InvalidInput:
         raise
     except Exception as error:  # safetensors, OSError, RuntimeError: all mean that the files do not fit together
-        raise InvalidInput(f"the weights in {folder} are missing, damaged or do not fit its {CONFIG}: {error}") from error
+        raise InvalidInput(
+            f"the weights in {folder} are missing, damaged or do not fit its {CONFIG}: {error}"
+        ) from error
     wrong = {kind: sorted(keys) for kind, keys in info.items() if keys and kind in ("missing_keys", "unexpected_keys")}
     if wrong:
         raise InvalidInput(f"the weights in {folder} do not fit its {CONFIG}: {wrong}")
     return model
 
 
-def cut(
-    model: PreTrainedModel,
-    adapter: Adapter,
-    kept_heads: Sequence[Sequence[int]] | None,
-    kept_filters: Sequence[Sequence[int]] | None,
-) -> None:
-    """Resize the linear maps of a freshly built dense model in place; the values that remain mean nothing yet.
-
-    A layer without heads computes no attention. InvalidInput if the indices do not fit the model.
-    """
-    layers = adapter.layers(model)
-    for what, kept in (("kept_heads", kept_heads), ("kept_filters", kept_filters)):
-        if kept is not None and len(kept) != len(layers):
-            raise InvalidInput(f"{what} of the configuration: expected {len(layers)} lists, one a layer; found {len(kept)}")
-    for index, layer in enumerate(layers):
-        parts = adapter.parts(layer)
-        if kept_heads is not None:
-            heads = _checked(kept_heads[index], parts.query.out_features // parts.head_size, f"kept_heads[{index}]")
-            for linear in (parts.query, parts.key, parts.value):
-                _resize(linear, rows=heads * parts.head_size)
-            _resize(parts.out, columns=heads * parts.head_size)
-            if heads == 0:
-                _remove_attention(layer, adapter)
-        if kept_filters is not None:
-            filters = _checked(kept_filters[index], parts.fc1.out_features, f"kept_filters[{index}]")
-            _resize(parts.fc1, rows=filters)
-            _resize(parts.fc2, columns=filters)
-
-
-class NoHeads:
-    """Mixed into the attention class of a layer that has no head left: what remains is the output projection's bias.
-
-    It stays an instance of that class, so that `output_attentions` still has one entry a layer: maps of 0 heads.
-    """
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        rows, length, _ = hidden_states.shape
-        context = hidden_states[..., :0]  # of the graph, so that a normalisation before it has a gradient: zero
-        out = self.get_submodule(self.out_path) if self.out_path else None
-        return (out(context) if out else context), hidden_states.new_empty((rows, 0, length, length))
-
-    def __reduce__(self):
-        return _empty_without_heads, (type(self).__mro__[2],), self.__dict__
-
-
-@functools.cache
-def _without_heads(attention_class: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{attention_class.__name__}WithoutHeads", (NoHeads, attention_class), {})
-
-
-def _empty_without_heads(attention_class: type[nn.Module]) -> nn.Module:
-    found = _without_heads(attention_class)
-    return found.__new__(found)
-
-
-def _remove_attention(layer: nn.Module, adapter: Adapter) -> None:
-    attention = layer.get_submodule(adapter.attention)
-    inside = adapter.attention + "."
-    for part in ("query", "key", "value"):
-        setattr(attention, adapter.linear_names[part].removeprefix(inside), None)
-    out = adapter.linear_names["out"]
-    # in some families the attention module applies the output projection itself, in others its parent does
-    attention.out_path = out.removeprefix(inside) if out.startswith(inside) else None
-    attention.__class__ = _without_heads(type(attention))
-
-
-def _resize(linear: nn.Linear, rows: int | None = None, columns: int | None = None) -> None:
-    linear.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone())
-    linear.out_features, linear.in_features = linear.weight.shape
-    if rows is not None and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[:rows].clone())
-
-
-def _checked(kept: Sequence[int], width: int, name: str) -> int:
-    if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < width):
-        raise InvalidInput(f"{name} of the configuration: expected ascending indices below {width}, found {list(kept)}")
-    return len(kept)
-
-
 def _rename_weights_alike(stock: str, pruned: str) -> None:
-    """transformers saves some families (ViT) under older weight names; ours must follow, or their files do not match."""
+    """transformers saves some families (ViT) under older weight names; ours must follow, or files do not match."""
     if (renaming := get_checkpoint_conversion_mapping(stock)) is not None:
         register_checkpoint_conversion_mapping(pruned, renaming, overwrite=True)
 

@@ -27,7 +27,9 @@ def rearrange(gradients: Tensor, mask: Tensor, passes: int = 1) -> Tensor:
     passes: 1 is the paper's; with more, the kept units are tried again until nothing changes.
     """
     if gradients.dim() != 3 or tuple(gradients.shape[1:]) != tuple(mask.shape):
-        raise InvalidInput(f"gradients {tuple(gradients.shape)} do not fit a mask {tuple(mask.shape)}: expected (N, L, U)")
+        raise InvalidInput(
+            f"gradients {tuple(gradients.shape)} do not fit a mask {tuple(mask.shape)}: expected (N, L, U)"
+        )
     if passes < 1:
         raise InvalidInput(f"passes={passes}: expected at least 1")
     result = (mask != 0).float()

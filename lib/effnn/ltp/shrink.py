@@ -126,7 +126,9 @@ def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, T
         if origin is None or id(origin) not in done:
             value = changed[name] if name in changed else origin.detach().clone()
             if value.shape != place.shape:
-                raise InvalidInput(f"{name} is of shape {tuple(value.shape)}, but its configuration says {tuple(place.shape)}")
+                raise InvalidInput(
+                    f"{name} is of shape {tuple(value.shape)}, but its configuration says {tuple(place.shape)}"
+                )
             parameter = nn.Parameter(value, requires_grad=origin is None or origin.requires_grad)
             if origin is not None:
                 done[id(origin)] = parameter

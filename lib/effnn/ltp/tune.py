@@ -90,7 +90,9 @@ def tune_masks(
             last = index == len(layers) - 1
             run.tokens = 1 if last and reads_first_token_only(model) else None
             student = SlicedLayer.cut(parts, masks.heads[index], masks.filters[index])
-            equations = run.attention(SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0)
+            equations = run.attention(
+                SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0
+            )
             if equations is not None:
                 scale, outcome = equations.solve(index, "heads", solver)
                 student = student.scaled_heads(scale)

@@ -1,0 +1,292 @@
+"""Small encoders trained from scratch: the starting checkpoints that the notebooks prune, and the retraining baseline.
+
+`train_classifier` gives a fine-tuned model in the sense of the papers (it was trained on its task), in a minute or two
+on one core. A finished model is cached; an unfinished one goes on from its last whole epoch. No pretraining is done.
+"""
+
+import dataclasses
+import inspect
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effnn import cache, paths
+from effnn.base import InvalidInput, atomic_path, threads
+from effnn.data import encoding
+from effnn.data.encoding import EncodedTask, encode, loader
+from effnn.data.text import fingerprint, tokenizer_for
+from effnn.data.text_task import TextTask
+from effnn.experiments import training
+from effnn.experiments.training import EVALUATION_BATCH, Accuracy, Progress, Recipe, evaluate, fit
+
+__all__ = [
+    "Accuracy",
+    "ClassifierConfig",
+    "FineTuned",
+    "TrainedClassifier",
+    "build_model",
+    "evaluate",
+    "fine_tune",
+    "train_classifier",
+    "train_classifiers",
+]
+
+log = logging.getLogger(__name__)
+FAMILIES = ("bert", "roberta", "distilbert", "electra")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape and training of a small encoder. The defaults were chosen on the validation rows of the docstring task.
+
+    Attention dropout is off: it would keep torch from its fused attention, which is a quarter of the time.
+    """
+
+    family: str = "bert"
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    ffn: int = 512
+    vocab: int = 4096
+    max_length: int = 64
+    dropout: float = 0.1
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise InvalidInput(f"unknown family {self.family!r}: choose one of {', '.join(FAMILIES)}")
+        if self.hidden % self.heads:
+            raise InvalidInput(f"hidden={self.hidden} cannot be divided among heads={self.heads}")
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """The part that says how to train."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A trained model (eval mode, CPU) with its tokenizer.
+
+    accuracy_curve: accuracy on validation after each epoch. dev: loss and accuracy on dev, read once, after the last
+    epoch. seconds: wall time of the training steps, on the machine and on the day the model was trained.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: ClassifierConfig
+    accuracy_curve: tuple[float, ...]
+    dev: Accuracy
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy on dev (Spearman's correlation for a regression task)."""
+        return self.dev.accuracy
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """The model that was given, now trained; accuracy on validation after each epoch; wall seconds of the steps."""
+
+    model: nn.Module
+    accuracy_curve: tuple[float, ...]
+    seconds: float
+
+
+def train_classifier(task: TextTask, config: ClassifierConfig | None = None, device: str = "cpu") -> TrainedClassifier:
+    """Train a classifier of `task` from scratch, or take it from the cache.
+
+    Equal task, configuration and versions give equal weights (on a CPU with one thread). Killed and started again, the
+    training goes on from the last epoch that was finished.
+    """
+    config = config or ClassifierConfig()
+    tokenizer = _tokenizer(task, config)
+    value = cache.remember("classifier", *_entry(task, config, tokenizer, device))
+    model = build_model(task, config, tokenizer)
+    model.load_state_dict(value["state"])
+    curve = tuple(accuracy.accuracy for accuracy in value["curve"])
+    return TrainedClassifier(model.eval(), tokenizer, config, curve, value["dev"], value["seconds"])
+
+
+def train_classifiers(
+    task: TextTask, configs: Sequence[ClassifierConfig], workers: int | None = None
+) -> list[TrainedClassifier]:
+    """Train several classifiers side by side in processes of `config.threads` threads each, in the given order.
+
+    workers: processes at a time; None: as many as the cores hold. Those in the cache start no process.
+    """
+    missing = [config for config in configs if not _is_cached(task, config)]
+    if missing:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(len(missing), workers or max(1, cores // max(config.threads for config in missing)))
+        # spawn: a forked child of a process that runs threads (a notebook's kernel does) may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+            for done in [pool.submit(_train_and_cache, task, config) for config in missing]:
+                done.result()
+    return [train_classifier(task, config) for config in configs]
+
+
+def fine_tune(
+    model: nn.Module,
+    rows: EncodedTask,
+    *,
+    epochs: int = 1,
+    learning_rate: float = 3e-4,
+    batch_size: int = 32,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> FineTuned:
+    """Train a given model, for example a pruned one, for some more epochs: all its weights, in place.
+
+    This is the retraining that post-training pruning is compared with. Hooks on the model (masks) stay in force, and
+    torch's own number of threads holds (see `effnn.base.threads`).
+    """
+    recipe = Recipe(epochs, batch_size, learning_rate, warmup, weight_decay, seed)
+    end = fit(model, rows.train, rows.validation, recipe, label="fine-tuning")
+    return FineTuned(model, tuple(accuracy.accuracy for accuracy in end.curve), end.seconds)
+
+
+def build_model(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained sequence classifier of `config.family`, its weights drawn under `config.seed`."""
+    common = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": config.max_length + 2,  # RoBERTa counts positions from its padding id + 1
+        "num_labels": task.num_labels,
+    }
+    if task.labels:
+        common["id2label"] = dict(enumerate(task.labels))
+        common["label2id"] = {name: i for i, name in enumerate(task.labels)}
+    if config.family == "distilbert":
+        shape = {
+            "dim": config.hidden,
+            "n_layers": config.layers,
+            "n_heads": config.heads,
+            "hidden_dim": config.ffn,
+            "dropout": config.dropout,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": config.dropout,
+        }
+    else:
+        shape = {
+            "hidden_size": config.hidden,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "intermediate_size": config.ffn,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": 0.0,
+            "type_vocab_size": 2,
+        }
+    if config.family == "electra":
+        shape["embedding_size"] = config.hidden
+    prefix = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "electra": "Electra"}[config.family]
+    model_config = getattr(transformers, f"{prefix}Config")(**common, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return getattr(transformers, f"{prefix}ForSequenceClassification")(model_config)
+
+
+def _tokenizer(task: TextTask, config: ClassifierConfig) -> PreTrainedTokenizerBase:
+    tokenizer = tokenizer_for(task, config.vocab)
+    if config.family == "distilbert":  # it has no token types
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def _entry(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple:
+    """Key, computation and code of the cached value: what `cache.remember` takes."""
+    key = {
+        "data": task.fingerprint,
+        "tokenizer": fingerprint(tokenizer),
+        "config": dataclasses.asdict(config),
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    code = [train_classifier, build_model, training, encoding]
+    digest = joblib.hash([key, [inspect.getsource(item) for item in code]])
+    partial = paths.CACHE / "classifier" / f"{digest}.partial.pt"
+    return key, lambda: _train(task, config, tokenizer, device, partial), code
+
+
+def _train(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str, partial: Path):
+    rows = encode(task, tokenizer, config.max_length)
+    model = build_model(task, config, tokenizer).to(device)
+    progress = _read(partial)
+    if progress is not None:
+        log.info("going on after epoch %d of %d", progress.epoch, config.epochs)
+    with threads(config.threads):
+        label = f"{task.name} {config.family} seed {config.seed}"
+        save = lambda state: _write(partial, state)  # noqa: E731
+        end = fit(model, rows.train, rows.validation, config.recipe(), progress=progress, after_epoch=save, label=label)
+        dev = evaluate(model, loader(rows.dev, EVALUATION_BATCH))
+    partial.unlink(missing_ok=True)
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    return {"state": state, "curve": end.curve, "dev": dev, "seconds": end.seconds}
+
+
+def _write(path: Path, progress: Progress) -> None:
+    with atomic_path(path) as temporary:
+        joblib.dump(progress, temporary, compress=("zlib", 1))
+
+
+def _read(path: Path) -> Progress | None:
+    if not path.exists():
+        return None
+    try:
+        return joblib.load(path)
+    except Exception as error:
+        log.warning("%s is damaged (%s); training starts again", path, type(error).__name__)
+        return None
+
+
+class _Missing(Exception):
+    pass
+
+
+def _is_cached(task: TextTask, config: ClassifierConfig) -> bool:
+    def missing() -> None:
+        raise _Missing
+
+    key, _, code = _entry(task, config, _tokenizer(task, config), "cpu")
+    try:
+        cache.remember("classifier", key, missing, code)
+    except _Missing:
+        return False
+    return True
+
+
+def _train_and_cache(task: TextTask, config: ClassifierConfig) -> None:
+    train_classifier(task, config)
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a worker: a killed parent must not leave it training."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

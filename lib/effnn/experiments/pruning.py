@@ -1,0 +1,434 @@
+"""Notebook 01, post-training pruning: what is run, as tidy DataFrames. Figures are drawn by `pruning_figures`.
+
+A sweep prunes every starting checkpoint to every budget and sets beside it magnitude and random pruning, and at some
+budgets retraining: the same rearranged masks, then all weights of the smaller model trained on the task. Choices (the
+pruner's options, the retraining's learning rate) are made on the validation split, with the same number of trials on
+both sides; the dev split is read once for each row that is reported.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from effnn import cache, ltp
+from effnn.base import InvalidInput, Timing, interleave, threads
+from effnn.data.encoding import EncodedSplit, EncodedTask, encode, encode_split, loader
+from effnn.data.text import calibration_loader
+from effnn.data.text_task import TextTask
+from effnn.experiments.classifier import ClassifierConfig, TrainedClassifier, evaluate, fine_tune, train_classifier
+from effnn.experiments.pool import run_jobs
+from effnn.ltp.latency_measure import random_inputs
+
+EVALUATION_BATCH = 128
+STAGES = ("search", "rearrange", "tune")
+BUILTIN = "docstrings"
+PARAMETERS = (
+    *(
+        "task",
+        "train_rows",
+        "dev_rows",
+        "families",
+        "seeds",
+        "layers",
+        "hidden",
+        "heads",
+        "ffn",
+        "epochs",
+        "max_length",
+    ),
+    *(
+        "budgets",
+        "extra_budgets",
+        "calibration_seeds",
+        "calibration_rows",
+        "trials",
+        "retrain_budgets",
+        "retrain_epochs",
+    ),
+    *("shown_budget", "latency_batch", "latency_length", "latency_targets", "rounds", "seed", "threads"),
+)
+"""The notebook's parameters that its results depend on (a path is not among them: the data's fingerprint is)."""
+
+PRUNER_TRIALS = (
+    {"fisher": "batch", "solver": "ridge"},
+    {"fisher": "sample", "solver": "ridge"},
+    {"fisher": "batch", "solver": "lsmr"},
+)
+RETRAIN_TRIALS = (5e-4, 1e-3, 2e-4)
+"""Learning rates of the retraining baseline in the order in which they are tried; as many as the pruner has trials."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is run at every budget.
+
+    rows, batch: of the calibration draw. trials: tries of the pruner's options and, where it is run, of the retraining's
+    learning rate. retrain_budgets, retrain_epochs: where and how long the retraining baseline trains.
+    """
+
+    rows: int = 2048
+    batch: int = 32
+    trials: int = 1
+    retrain_budgets: tuple[float, ...] = (0.6, 0.4)
+    retrain_epochs: int = 4
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Masks of one pruning, stage by stage, and its report as plain values."""
+
+    stages: dict[str, ltp.Masks]
+    report: dict
+
+
+def check_profile(profile: str, task: str) -> None:
+    """InvalidInput if another task's results would replace the built-in one's under the same profile."""
+    if profile in ("laptop", "study") and task != BUILTIN:
+        raise InvalidInput(
+            f"the {profile} results are those of the built-in task, not of {task}: run it under a profile of its own, "
+            'for example PROFILE=sst2 ARGS="--set source=<folder>"'
+        )
+
+
+def jobs(
+    configs: list[ClassifierConfig], budgets: list[float], extra_budgets: list[float], calibration_seeds: list[int]
+) -> list[tuple[ClassifierConfig, float, int]]:
+    """(checkpoint, budget, calibration seed) of a sweep.
+
+    Every checkpoint is pruned to `budgets` with the first calibration seed; to `extra_budgets` only the first checkpoint
+    of each family is, once for every calibration seed.
+    """
+    listed = [(config, budget, calibration_seeds[0]) for budget in budgets for config in configs]
+    firsts = {config.family: config for config in reversed(configs)}
+    listed += [(c, b, s) for b in extra_budgets if b not in budgets for c in firsts.values() for s in calibration_seeds]
+    return listed
+
+
+def run_sweep(task: TextTask, listed: list[tuple[ClassifierConfig, float, int]], sweep: Sweep) -> pd.DataFrame:
+    """One row for each checkpoint, budget, calibration seed and method.
+
+    Columns: family, seed (of the checkpoint), calibration_seed, budget, method (search, rearrange, tune, magnitude,
+    random, retrain), accuracy and loss on dev, dense_accuracy, mac_ratio (exact), seconds (measured: of the whole
+    pruning, or of the retraining alone), accepted, gain (tuning: accepted layer halves; mean share of the held-out
+    reconstruction error removed in them), trial.
+    """
+    # the longest jobs first, so that the last ones to end are short
+    order = sorted(range(len(listed)), key=lambda i: listed[i][1] not in sweep.retrain_budgets)
+    done = run_jobs(_one, [(task, *listed[i], sweep) for i in order], "sweep", threads=sweep.threads)
+    return pd.DataFrame([row for rows in done for row in rows]).sort_values(
+        ["family", "budget", "method", "seed", "calibration_seed"], ignore_index=True
+    )
+
+
+def prune_checkpoint(
+    task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep, **options
+) -> Pruned:
+    """Prune one trained checkpoint to a share of its MACs; cached."""
+
+    def compute() -> Pruned:
+        trained = train_classifier(task, config)
+        rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, seed, config.max_length)
+        with threads(sweep.threads):
+            result = ltp.prune(trained.model, rows, ltp.Macs(budget), seed=seed, progress=False, **options)
+        return Pruned(result.stages, result.report.to_dict())
+
+    key = _key(task, config, sweep) | {"budget": budget, "seed": seed, "options": options}
+    return cache.remember("pruned", key, compute, code=_ltp_modules())
+
+
+def _one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep) -> list[dict]:
+    """All rows of one checkpoint, budget and calibration seed; cached."""
+    key = _key(task, config, sweep) | {"budget": budget, "seed": seed, "sweep": dataclasses.asdict(sweep)}
+    code = [*_ltp_modules(), sys.modules[__name__]]
+    return cache.remember("sweep", key, lambda: _compute_one(task, config, budget, seed, sweep), code)
+
+
+def _compute_one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep) -> list[dict]:
+    trained = train_classifier(task, config)
+    dev, validation = (encode_split(s, trained.tokenizer, config.max_length) for s in (task.dev, task.validation))
+    tries = [prune_checkpoint(task, config, budget, seed, sweep, **o) for o in PRUNER_TRIALS[: sweep.trials]]
+    trial = _best([_score(ltp.shrink(trained.model, one.stages["tune"]), validation) for one in tries])
+    pruned = tries[trial]
+    model, report = trained.model, pruned.report
+    cost = ltp.MacCost(ltp.Shape.of(model), report["seq_len"])
+    common = {
+        "family": config.family,
+        "seed": config.seed,
+        "calibration_seed": seed,
+        "budget": budget,
+        "dense_accuracy": trained.accuracy,
+    }
+    seconds = sum(stage["seconds"] for stage in report["stages"])
+    accepted = [layer for layer in report["layers"] if layer["accepted"]]
+    gain = float(np.mean([1 - layer["error_after"] / layer["error_before"] for layer in accepted])) if accepted else 0.0
+    candidates = {name: pruned.stages[name] for name in STAGES} | baselines(model, cost, budget, seed)
+    rows = []
+    for method, masks in candidates.items():
+        found = evaluate(ltp.shrink(model, masks), loader(dev, EVALUATION_BATCH))
+        extra = (
+            {"seconds": seconds, "accepted": len(accepted), "gain": gain, "trial": trial} if method == "tune" else {}
+        )
+        rows.append(common | _measured(method, found, cost.ratio(masks)) | extra)
+    if budget in sweep.retrain_budgets:
+        rows.append(common | _retrain(task, trained, pruned.stages["rearrange"], cost, dev, sweep))
+    return rows
+
+
+def _retrain(
+    task: TextTask, trained: TrainedClassifier, masks: ltp.Masks, cost, dev: EncodedSplit, sweep: Sweep
+) -> dict:
+    """The row of the retraining baseline: the best of its trials on validation, read once on dev."""
+    rows: EncodedTask = encode(task, trained.tokenizer, trained.config.max_length)
+    tries = []
+    for rate in RETRAIN_TRIALS[: sweep.trials]:
+        small = ltp.shrink(trained.model, masks)
+        tries.append(fine_tune(small, rows, epochs=sweep.retrain_epochs, learning_rate=rate, seed=trained.config.seed))
+    trial = _best([tried.accuracy_curve[-1] for tried in tries])
+    found = evaluate(tries[trial].model, loader(dev, EVALUATION_BATCH))
+    return _measured("retrain", found, cost.ratio(masks)) | {"seconds": tries[trial].seconds, "trial": trial}
+
+
+def baselines(model: nn.Module, cost: ltp.MacCost, budget: float, seed: int) -> dict[str, ltp.Masks]:
+    """Magnitude and random pruning to the same budget, every layer to the same share.
+
+    Magnitude of a head: Frobenius norm of its rows of the value and its columns of the output projection; of a filter:
+    norm of its FFN-1 row times norm of its FFN-2 column.
+    """
+    adapter = ltp.adapter_for(model)
+    heads, filters = [], []
+    for layer in adapter.layers(model):
+        parts = adapter.parts(layer)
+        square = parts.out.weight.detach().square().sum(0) + parts.value.weight.detach().square().sum(1)
+        heads.append(square.view(-1, parts.head_size).sum(1).sqrt())
+        filters.append(parts.fc1.weight.detach().norm(dim=1) * parts.fc2.weight.detach().norm(dim=0))
+    target = ltp.Macs(budget, allocation="uniform")
+    draw = torch.Generator().manual_seed(seed)
+    shape = cost.shape
+    # heads and filters are not on one scale here: each kind is brought to a mean of its share of the MACs
+    magnitude = _balanced(torch.stack(heads), torch.stack(filters), cost)
+    random = _balanced(
+        torch.rand(shape.layers, shape.heads, generator=draw),
+        torch.rand(shape.layers, shape.filters, generator=draw),
+        cost,
+    )
+    return {"magnitude": ltp.search_macs(*magnitude, cost, target), "random": ltp.search_macs(*random, cost, target)}
+
+
+def _balanced(heads: torch.Tensor, filters: torch.Tensor, cost: ltp.MacCost) -> tuple[torch.Tensor, torch.Tensor]:
+    """Importances whose sums are as the kinds' MACs, so that neither kind is preferred as a whole."""
+    shape = cost.shape
+    return (
+        heads * (shape.layers * shape.heads * cost.head / heads.sum()),
+        filters * (shape.layers * shape.filters * cost.filter / filters.sum()),
+    )
+
+
+def check_identity(task: TextTask, trained: TrainedClassifier, masks: ltp.Masks, rows: int = 256) -> dict[str, float]:
+    """Largest absolute logit differences on `rows` dev rows: masked - shrunk, saved and loaded - shrunk, masked - dense."""
+    split = encode_split(task.dev.take(range(min(rows, len(task.dev)))), trained.tokenizer, trained.config.max_length)
+    small = ltp.shrink(trained.model, masks)
+    with tempfile.TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        loaded = ltp.load_pruned(folder).eval()
+    largest = {"masked_shrunk": 0.0, "loaded_shrunk": 0.0, "masked_dense": 0.0}
+    with torch.no_grad():
+        for batch in loader(split, 64):
+            with ltp.masked(trained.model, masks):
+                masked = trained.model(**batch).logits
+            shrunk, reloaded, dense = (m(**batch).logits for m in (small, loaded, trained.model))
+            pairs = {
+                "masked_shrunk": (masked, shrunk),
+                "loaded_shrunk": (reloaded, shrunk),
+                "masked_dense": (masked, dense),
+            }
+            for name, (a, b) in pairs.items():
+                largest[name] = max(largest[name], float((a - b).abs().max()))
+    return largest
+
+
+def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, table: ltp.LatencyTable) -> pd.DataFrame:
+    """Budgets 0.05 to 0.95 by MACs (exact count) and by latency (predicted by `table`): asked, reached, kept or not.
+
+    A latency budget below what is left with every block empty cannot be met: the search must refuse it, and does.
+    """
+    rows = calibration_loader(task, trained.tokenizer, min(sweep.rows, 256), sweep.batch, 0, trained.config.max_length)
+    found = ltp.calibrate(trained.model, rows, keep_inputs=False)
+    cost = ltp.MacCost(ltp.Shape.of(trained.model), found.mean_length)
+    importance = found.head_importance, found.filter_importance
+    dense_ms = table.predict(ltp.Masks.ones(cost.shape))
+    listed = []
+    for ratio in (round(0.05 * step, 2) for step in range(1, 20)):
+        reached = cost.ratio(ltp.search_macs(*importance, cost, ltp.Macs(ratio)))
+        listed.append({"budget": ratio, "kind": "macs", "reached": reached, "kept": reached <= ratio, "refused": False})
+        target = ltp.Latency(ratio, batch=table.batch, seq_len=table.seq_len)
+        try:
+            reached = table.predict(ltp.search_latency(*importance, table, target)) / dense_ms
+        except InvalidInput:
+            listed.append({"budget": ratio, "kind": "latency", "reached": np.nan, "kept": True, "refused": True})
+            continue
+        kept = reached <= ratio * (1 + 1e-9)
+        listed.append({"budget": ratio, "kind": "latency", "reached": reached, "kept": kept, "refused": False})
+    return pd.DataFrame(listed)
+
+
+def latency_curves(
+    trained: TrainedClassifier, masks: dict[float, ltp.Masks], batch: int, seq_len: int, rounds: int, count: int = 1
+) -> pd.DataFrame:
+    """Counted MACs, and the measured latency of the masked and of the shrunk model, as shares of the dense model's.
+
+    masks: budget -> masks. All variants take turns in one run on `count` threads. Columns: budget, mac_ratio, dense_ms,
+    masked, masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by round).
+    """
+    model = trained.model
+    inputs = random_inputs(model, batch, seq_len)[0]
+    cost = ltp.MacCost(ltp.Shape.of(model), float(seq_len))
+
+    def forward(network: nn.Module, with_masks: ltp.Masks | None = None):
+        def run() -> None:
+            with torch.no_grad():
+                if with_masks is None:
+                    network(**inputs)
+                else:
+                    with ltp.masked(network, with_masks):
+                        network(**inputs)
+
+        return run
+
+    variants = {"dense": forward(model)}
+    for budget, chosen in masks.items():
+        variants[f"masked {budget}"] = forward(model, chosen)
+        variants[f"shrunk {budget}"] = forward(ltp.shrink(model, chosen))
+    with threads(count):
+        times = interleave(variants, rounds=rounds, warmup=2)
+    dense = times["dense"]
+    rows = []
+    for budget, chosen in masks.items():
+        row = {"budget": budget, "mac_ratio": cost.ratio(chosen), "dense_ms": 1e3 * dense.median}
+        for name in ("masked", "shrunk"):
+            row |= _share(name, times[f"{name} {budget}"], dense)
+        row["speedup"] = float(np.median(dense.over(times[f"shrunk {budget}"])))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def speedups(
+    task: TextTask, checkpoints: list[TrainedClassifier], budget: float, seed: int, sweep: Sweep, *timing: int
+) -> list[float]:
+    """Dense latency / shrunk latency at one budget, one number for each checkpoint of the first family.
+
+    timing: batch, seq_len and rounds, as in `latency_curves`.
+    """
+    found = []
+    for trained in (c for c in checkpoints if c.config.family == checkpoints[0].config.family):
+        masks = prune_checkpoint(task, trained.config, budget, seed, sweep).stages["tune"]
+        found.append(float(latency_curves(trained, {budget: masks}, *timing, sweep.threads).speedup[0]))
+    return found
+
+
+def latency_target(
+    task: TextTask, trained: TrainedClassifier, ratios: list[float], sweep: Sweep, batch: int, seq_len: int, rounds: int
+) -> tuple[pd.DataFrame, ltp.LatencyTable]:
+    """Pruning to latency budgets: predicted and measured latency (shares of the dense model's) and accuracy on dev."""
+    config = trained.config
+    dev = encode_split(task.dev, trained.tokenizer, config.max_length)
+    listed = []
+    with threads(sweep.threads):
+        table = ltp.LatencyTable.measure(
+            trained.model, ltp.Latency(0.5, batch, seq_len, repeats=rounds), progress=False
+        )
+        for ratio in ratios:
+            rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
+            target = ltp.Latency(ratio, batch, seq_len)
+            result = ltp.prune(trained.model, rows, target, table=table, progress=False)
+            small = result.materialize()
+            times = ltp.compare_latency({"dense": trained.model, "shrunk": small}, batch, seq_len, repeats=3 * rounds)
+            report = result.report
+            listed.append(
+                {
+                    "budget": ratio,
+                    "predicted": report.stages[-1].latency_ms / report.dense_latency_ms,
+                    "measured": float(np.median(times["shrunk"].over(times["dense"]))),
+                    "mac_ratio": report.stages[-1].mac_ratio,
+                    "accuracy": evaluate(small, loader(dev, EVALUATION_BATCH)).accuracy,
+                }
+            )
+    return pd.DataFrame(listed), table
+
+
+def claim_samples(frame: pd.DataFrame) -> dict[str, list[float]]:
+    """Values of the ltp.* claims that the sweep answers, one for each checkpoint seed (points, or a ratio of times)."""
+    bert = frame[(frame.family == frame.family.iloc[0]) & (frame.calibration_seed == frame.calibration_seed.min())]
+    accuracy = bert.pivot_table(index=["seed", "budget"], columns="method", values="accuracy")
+    seconds = bert.pivot_table(index=["seed", "budget"], columns="method", values="seconds")
+    dense = bert.groupby("seed").dense_accuracy.first()
+    samples: dict[str, list[float]] = {}
+    shared = [b for b, group in bert.groupby("budget") if group.seed.nunique() == bert.seed.nunique()]
+    if "retrain" in seconds:
+        samples["ltp.time"] = list((seconds.retrain / seconds.tune).dropna().groupby("seed").mean())
+        if 0.6 in shared:
+            at = accuracy.xs(0.6, level="budget")
+            samples["ltp.tradeoff"] = list(100 * (at.retrain - at.tune))
+    if 0.5 in shared:
+        samples["ltp.half"] = list(100 * (dense - accuracy.xs(0.5, level="budget").tune))
+    steps = accuracy[accuracy.index.get_level_values("budget").isin(shared)]
+    gains = pd.DataFrame(
+        {"rearrange": steps["rearrange"] - steps["search"], "tune": steps["tune"] - steps["rearrange"]}
+    )
+    samples["ltp.stages"] = list(100 * gains.groupby("seed").mean().min(axis=1))
+    return samples
+
+
+def time_table(frame: pd.DataFrame, published: pd.DataFrame, epochs: int) -> pd.DataFrame:
+    """The talk's table of retraining epochs and end-to-end hours, and below it what was measured here (own task, own model)."""
+    rows = []
+    for method, group in published.groupby("method", sort=False):
+        value = group.set_index("metric").value
+        rows.append(
+            {"method": method, "epochs": float(value["training epochs"]), "hours": float(value["end-to-end time"])}
+        )
+    table = pd.DataFrame(rows).assign(source="talk")
+    here = {"tune": ("post-training pruning", 0), "retrain": ("prune, then retrain", epochs)}
+    for method, (name, count) in here.items():
+        seconds = frame[frame.method == method].seconds.dropna()
+        if len(seconds):
+            table.loc[len(table)] = [name, count, seconds.median() / 3600, "measured here"]
+    return table.assign(seconds=table.hours * 3600)
+
+
+def _measured(method: str, found, ratio: float) -> dict:
+    return {"method": method, "accuracy": found.accuracy, "loss": found.loss, "mac_ratio": ratio}
+
+
+def _score(model: nn.Module, split: EncodedSplit) -> float:
+    return evaluate(model, loader(split, EVALUATION_BATCH)).accuracy
+
+
+def _best(scores: list[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _share(name: str, timing: Timing, dense: Timing) -> dict[str, float]:
+    ratios = timing.over(dense)
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _key(task: TextTask, config: ClassifierConfig, sweep: Sweep) -> dict[str, object]:
+    return {
+        "data": task.fingerprint,
+        "config": dataclasses.asdict(config),
+        "calibration": (sweep.rows, sweep.batch),
+        "threads": sweep.threads,
+        "torch": torch.__version__,
+    }
+
+
+def _ltp_modules() -> list:
+    return [module for name, module in sorted(sys.modules.items()) if name.startswith("effnn.ltp.")]

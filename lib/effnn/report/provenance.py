@@ -1,0 +1,129 @@
+"""Where a number comes from: versions, machine, threads, commit, data and duration, as plain JSON.
+
+Nothing here fails for want of something: without git the commit is "unknown", without /proc the CPU is what Python
+knows of it.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import effnn
+from effnn import paths
+
+PACKAGES = ("torch", "transformers", "numpy")
+UNKNOWN = "unknown"
+
+
+def gather(
+    profile: str,
+    parameters: Mapping[str, object] | None = None,
+    seeds: Iterable[int] = (),
+    started: datetime | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+) -> dict[str, object]:
+    """Return the provenance of what is being written now, ready for JSON.
+
+    started: UTC time at which the work began; `duration_s` counts from there. fingerprints: data set -> sha256.
+    Keys: profile, parameters, seeds, versions, cpu, cores, threads, accelerator, platform, git_commit, git_dirty,
+    start, duration_s, fingerprints.
+    """
+    now = datetime.now(UTC)
+    started = started or now
+    parameters = {str(name): plain(value) for name, value in (parameters or {}).items()}
+    commit, dirty = git_state(paths.HOME)
+    return {
+        "profile": profile,
+        "parameters": parameters,
+        "seeds": [int(seed) for seed in seeds],
+        "versions": versions(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        # The parameter states what the work ran with; the present setting may be the notebook's, not the method's.
+        "threads": int(parameters.get("threads") or torch.get_num_threads()),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "start": started.isoformat(timespec="seconds"),
+        "duration_s": round((now - started).total_seconds(), 1),
+        "fingerprints": dict(fingerprints or {}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return name -> version of Python, effnn and `PACKAGES`; "not installed" where that is so."""
+    found = {"python": platform.python_version(), "effnn": effnn.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def cpu_model() -> str:
+    """Return the CPU's name as the kernel gives it, else as Python does."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or UNKNOWN
+
+
+def git_state(home: Path) -> tuple[str, bool | None]:
+    """Return the commit checked out in `home`, and whether tracked files outside results/ differ from it.
+
+    ("unknown", None) where git is missing or `home` is not the top of a repository. Result files do not count as a
+    difference: writing them is what a run does.
+    """
+    top = _git(home, "rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != home.resolve():
+        return UNKNOWN, None
+    commit = _git(home, "rev-parse", "HEAD")
+    status = _git(home, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+    return (commit or UNKNOWN).strip(), None if status is None else bool(status.strip())
+
+
+def _git(home: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=home, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def fingerprint_differences(before: Mapping[str, object] | None, after: Mapping[str, object]) -> list[str]:
+    """Return one sentence for each data set whose fingerprint differs between two provenances; [] when none does.
+
+    Results are compared under equal fingerprints only; a data set that one side lacks is no difference.
+    """
+    old, new = (dict((side or {}).get("fingerprints") or {}) for side in (before, after))
+    return [
+        f"data '{name}' differ from those of the earlier result (sha256 {new[name][:12]}, earlier {old[name][:12]}); "
+        "the numbers are not comparable"
+        for name in sorted(old.keys() & new.keys())
+        if old[name] != new[name]
+    ]
+
+
+def plain(value: object) -> object:
+    """Return `value` as JSON types: numpy scalars and arrays, tuples and paths are converted, the rest by str()."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | np.ndarray):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return str(value)

@@ -1,0 +1,55 @@
+"""One named number with its samples, and the 95 % interval over them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from effnn.base import InvalidInput
+from effnn.report.rules import MIN_SAMPLES
+
+
+@dataclass(frozen=True)
+class Value:
+    """One named number; `value` None means not attempted, and `note` says what it needs.
+
+    samples: one number a seed (paired differences where the claim is a difference). interval: 95 % t interval over
+    them, None with fewer than three.
+    """
+
+    value: float | None
+    samples: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
+    unit: str = ""
+    note: str = ""
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """Return the two-sided 95 % Student t interval of the mean, or None with fewer than three samples."""
+    if len(samples) < MIN_SAMPLES:
+        return None
+    if min(samples) == max(samples):  # rounding would give equal samples a tiny spread, and `==1` would then fail
+        return float(samples[0]), float(samples[0])
+    mean, error = float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+    half = float(stats.t.ppf(0.975, len(samples) - 1)) * error
+    return mean - half, mean + half
+
+
+def read_value(item: Mapping[str, object]) -> Value:
+    """Return a stored value; its interval is computed from the samples again, never taken on trust."""
+    number = None if item["value"] is None else finite("value", item["value"])
+    samples = tuple(finite("samples", sample) for sample in item["samples"])
+    return Value(number, samples, interval(samples), str(item["unit"]), str(item["note"]))
+
+
+def finite(key: str, number: object) -> float:
+    """Return `number` as a float; raises InvalidInput, naming `key`, for NaN, infinity and anything else."""
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{key!r}: expected a number, got {number!r}") from None
+    if not math.isfinite(number):
+        raise InvalidInput(f"{key!r} is {number}: only finite numbers are results; find out why before recording it")
+    return number
