@@ -1,6 +1,7 @@
 """One timer: interleaved measurements, so that a machine whose speed drifts treats all variants alike.
 
-`interleave` runs A B A B ... after a warm-up; ratios are taken round by round, so they hold where absolute times do not.
+`interleave` runs A B A B ... after a warm-up; ratios are taken round by round, so they hold where absolute times do
+not.
 """
 
 import os

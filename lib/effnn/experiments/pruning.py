@@ -68,8 +68,8 @@ RETRAIN_TRIALS = (5e-4, 1e-3, 2e-4)
 class Sweep:
     """What is run at every budget.
 
-    rows, batch: of the calibration draw. trials: tries of the pruner's options and, where it is run, of the retraining's
-    learning rate. retrain_budgets, retrain_epochs: where and how long the retraining baseline trains.
+    rows, batch: of the calibration draw. trials: tries of the pruner's options and, where it is run, of the
+    retraining's learning rate. retrain_budgets, retrain_epochs: where and how long the retraining baseline trains.
     """
 
     rows: int = 2048
@@ -102,8 +102,8 @@ def jobs(
 ) -> list[tuple[ClassifierConfig, float, int]]:
     """(checkpoint, budget, calibration seed) of a sweep.
 
-    Every checkpoint is pruned to `budgets` with the first calibration seed; to `extra_budgets` only the first checkpoint
-    of each family is, once for every calibration seed.
+    Every checkpoint is pruned to `budgets` with the first calibration seed; to `extra_budgets` only the first
+    checkpoint of each family is, once for every calibration seed.
     """
     listed = [(config, budget, calibration_seeds[0]) for budget in budgets for config in configs]
     firsts = {config.family: config for config in reversed(configs)}
@@ -231,7 +231,7 @@ def _balanced(heads: torch.Tensor, filters: torch.Tensor, cost: ltp.MacCost) -> 
 
 
 def check_identity(task: TextTask, trained: TrainedClassifier, masks: ltp.Masks, rows: int = 256) -> dict[str, float]:
-    """Largest absolute logit differences on `rows` dev rows: masked - shrunk, saved and loaded - shrunk, masked - dense."""
+    """Largest absolute logit differences on dev rows: masked - shrunk, loaded from disk - shrunk, masked - dense."""
     split = encode_split(task.dev.take(range(min(rows, len(task.dev)))), trained.tokenizer, trained.config.max_length)
     small = ltp.shrink(trained.model, masks)
     with tempfile.TemporaryDirectory() as folder:
@@ -284,7 +284,8 @@ def latency_curves(
     """Counted MACs, and the measured latency of the masked and of the shrunk model, as shares of the dense model's.
 
     masks: budget -> masks. All variants take turns in one run on `count` threads. Columns: budget, mac_ratio, dense_ms,
-    masked, masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by round).
+    masked, masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by
+    round).
     """
     model = trained.model
     inputs = random_inputs(model, batch, seq_len)[0]
@@ -386,7 +387,7 @@ def claim_samples(frame: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def time_table(frame: pd.DataFrame, published: pd.DataFrame, epochs: int) -> pd.DataFrame:
-    """The talk's table of retraining epochs and end-to-end hours, and below it what was measured here (own task, own model)."""
+    """The talk's table of retraining epochs and end-to-end hours, and below it what was measured here."""
     rows = []
     for method, group in published.groupby("method", sort=False):
         value = group.set_index("metric").value

@@ -157,8 +157,8 @@ def draw_times(table: pd.DataFrame) -> Figure:
 def published_bounds(points: pd.DataFrame) -> pd.DataFrame:
     """Published statements that name both a share of FLOPs and a bound on the loss, from data/published/ltp.csv.
 
-    Columns: label, macs_percent, points_lost (an upper bound). Read off the rows' own words: "FLOPs reduction at <1% loss"
-    is a factor, "FLOPs removed %" a share.
+    Columns: label, macs_percent, points_lost (an upper bound). Read off the rows' own words: "FLOPs reduction at <1%
+    loss" is a factor, "FLOPs removed %" a share.
     """
     rows = []
     for _, row in points.iterrows():

@@ -37,7 +37,7 @@ class Recipe:
     weight_decay: of matrices; biases and norms have none. seed: of the order of the rows and of dropout.
     """
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup: float = 0.1

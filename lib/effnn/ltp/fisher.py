@@ -48,9 +48,9 @@ class Calibration:
     """What one pass over the calibration rows gives.
 
     head_gradients: (N, L, H), filter_gradients: (N, L, F), float32 on the CPU; N is the number of mini-batches, or of
-    rows with fisher="sample". loss: mean loss over mini-batches. chance_loss: loss of the best constant predictor on the
-    same labels, None where it is not known. mean_length: live tokens a row. inputs: one `LayerInput` a mini-batch (empty
-    unless asked for). held_out_batches: model inputs of the held-out rows.
+    rows with fisher="sample". loss: mean loss over mini-batches. chance_loss: loss of the best constant predictor on
+    the same labels, None where it is not known. mean_length: live tokens a row. inputs: one `LayerInput` a mini-batch
+    (empty unless asked for). held_out_batches: model inputs of the held-out rows.
     """
 
     head_gradients: Tensor
@@ -115,14 +115,14 @@ def calibrate(
                 loss, output = _loss(model, batch, labels, generator)
             if not torch.isfinite(loss):
                 raise InvalidInput(
-                    f"the loss of calibration batch {len(losses)} is {loss.item()}: check the inputs and weights for NaN "
-                    "or infinity, and whether the number format of the model is wide enough"
+                    f"the loss of calibration batch {len(losses)} is {loss.item()}: check the inputs and weights for "
+                    "NaN or infinity, and whether the number format of the model is wide enough"
                 )
             loss.backward()
             head_rows, filter_rows = collected.gradients()
             states, mask = collected.first_layer_input
             size = states.shape[0]
-            # a batch gradient is the sum of the row gradients of the batch's mean loss; a row's own loss is B times that
+            # rows hold gradients of the batch's mean loss: their sum is the batch's, and B times one is that row's own
             heads.append(head_rows.sum(0, keepdim=True) if fisher == "batch" else head_rows * size)
             filters.append(filter_rows.sum(0, keepdim=True) if fisher == "batch" else filter_rows * size)
             live = _live_tokens(batch, states)
@@ -153,8 +153,8 @@ def calibrate(
     )
     if result.chance_loss is not None and result.loss > NEAR_CHANCE * result.chance_loss:
         log.warning(
-            "the calibration loss %.4f is near the %.4f of a constant prediction: was this model fine-tuned on the task? "
-            "Pruning follows the loss, so the result would mean little.",
+            "the calibration loss %.4f is near the %.4f of a constant prediction: was this model fine-tuned on its "
+            "task? Pruning follows the loss, so the result would mean little.",
             result.loss,
             result.chance_loss,
         )
@@ -261,9 +261,9 @@ def _loss(model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generat
     loss = getattr(output, "loss", None)
     if loss is None:
         raise InvalidInput(
-            f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): expected "
-            '"labels" for classification or "start_positions" and "end_positions" for question answering. Without labels, '
-            'pass labels="model"'
+            f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): "
+            'expected "labels" for classification or "start_positions" and "end_positions" for question answering. '
+            'Without labels, pass labels="model"'
         )
     return loss.float(), output
 

@@ -1,8 +1,8 @@
 """Least squares for mask scales without the design matrix (ltp.md A.6; Kwon et al. 2022, section 4.3).
 
-Column i of the design matrix A is what unit i adds to the output projection, C_i W_i, flattened over (token, d): as tall
-as tokens times hidden size. It is never made. With C (T, n) the projection's input, W (n, d) its transposed weight and R
-(T, d) the target, the normal equations follow from two small products:
+Column i of the design matrix A is what unit i adds to the output projection, C_i W_i, flattened over (token, d): as
+tall as tokens times hidden size. It is never made. With C (T, n) the projection's input, W (n, d) its transposed weight
+and R (T, d) the target, the normal equations follow from two small products:
 
     A^T A = (C^T C) o (W W^T),   A^T b = rowsum((C^T R) o W),   each summed over a unit's d_h columns.
 
@@ -79,10 +79,10 @@ class NormalEquations:
     def solve(self, solver: str = "ridge") -> Tensor:
         """Scales (units,) in float64 that best reconstruct the target; the intercept is solved for and dropped.
 
-        The unknown is the scales' deviation from 1, so damping pulls towards "unchanged". solver: "ridge", Cholesky with
-        a ridge of `RELATIVE_RIDGE` times the mean diagonal; "lsmr", the closed form of what the paper's code computes by
-        iteration, LSMR with damping 1 on the normal matrix. A single unknown is solved undamped. Scales are NaN where
-        the matrix is not positive definite.
+        The unknown is the scales' deviation from 1, so damping pulls towards "unchanged". solver: "ridge", Cholesky
+        with a ridge of `RELATIVE_RIDGE` times the mean diagonal; "lsmr", the closed form of what the paper's code
+        computes by iteration, LSMR with damping 1 on the normal matrix. A single unknown is solved undamped. Scales are
+        NaN where the matrix is not positive definite.
         """
         start = torch.zeros_like(self.rhs)
         start[: self.units] = 1

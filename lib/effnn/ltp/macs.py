@@ -102,8 +102,8 @@ def search_macs(
     if budget < 0:
         smallest = (heads.base_cost + filters.base_cost) / cost.total
         raise InvalidInput(
-            f"the minimum of {target.min_heads} heads and {target.min_filters} filters a layer needs {smallest:.4f} of the "
-            f"MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
+            f"the minimum of {target.min_heads} heads and {target.min_filters} filters a layer needs {smallest:.4f} of "
+            f"the MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
         )
     n_heads = torch.arange(len(heads.order) + 1, dtype=torch.float64)
     rest = budget - n_heads * heads.cost
@@ -130,7 +130,7 @@ class _Units:
         self.forced = math.ceil(minimum / chunk)
         self.cost = unit_cost * chunk
         self.base_cost = layers * self.forced * self.cost
-        # a chunk's value is compared before its rank in the layer, so that layers interleave; values fall within a layer
+        # chunks of all layers compete by their value, which falls with the rank within a layer
         free = self.value[:, self.forced :]
         self.owner = torch.arange(layers).unsqueeze(1).expand_as(free).flatten()
         # single units tie by (layer, index), as the ranking of the flattened importances would

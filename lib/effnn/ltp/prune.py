@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 class Stage:
     """One stage: its name, seconds, share of the dense MACs, kept units layer by layer, and held-out loss.
 
-    loss: the model's own loss on the held-out calibration rows under this stage's masks, None where nothing is held out.
-    latency_ms: predicted from the table, with a latency target only.
+    loss: the model's own loss on the held-out calibration rows under this stage's masks, None where nothing is held
+    out. latency_ms: predicted from the table, with a latency target only.
     """
 
     name: str
@@ -131,8 +131,8 @@ def prune(
     Read once, in its own order. target: `Macs(0.6)` or `Latency(0.6, batch=..., seq_len=...)`.
     fisher: "batch" squares gradients of mini-batch means (the paper's code), "sample" those of single rows.
     labels: "data", or "model" to draw them from the model itself. holdout: share of the rows that tuning is judged on
-    instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to use
-    again. autocast: torch.bfloat16 runs the forward passes in it. seed: of labels="model" only.
+    instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to
+    use again. autocast: torch.bfloat16 runs the forward passes in it. seed: of labels="model" only.
 
     Raises InvalidInput for: an unsupported architecture, a model in training mode, an empty loader, missing labels, a
     loss that is not finite, a budget that nothing fits. Warns when the calibration loss is near that of a constant.

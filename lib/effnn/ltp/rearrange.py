@@ -1,14 +1,14 @@
 """Mask rearrangement: better sets of the same size, by the block-diagonal Fisher (ltp.md A.5; Kwon et al. 2022, 4.2).
 
 For the pruned set P of a layer the loss rises by about Q(P) = p^T G p, G = g^T g over the mini-batch gradients g.
-Warm start: the cheapest units by G's diagonal. Then every kept unit, cheapest first, is tried in P, and the member whose
-removal leaves the least Q is taken out (it may be the one just tried). The number of kept units of a layer, hence the
-budget, does not change, and Q never rises.
+Warm start: the cheapest units by G's diagonal. Then every kept unit, cheapest first, is tried in P, and the member
+whose removal leaves the least Q is taken out (it may be the one just tried). The number of kept units of a layer, hence
+the budget, does not change, and Q never rises.
 
 Most tries change nothing, and a try that changes nothing does not influence the next. So a whole batch of tries is
 evaluated at once, in low-rank form (one product with N columns; no U x U matrix is ever made), up to the first one that
-changes P; the batch is widened while nothing changes. The plain form, one try at a time on the Gram matrix, stands in the
-tests and gives equal masks.
+changes P; the batch is widened while nothing changes. The plain form, one try at a time on the Gram matrix, stands in
+the tests and gives equal masks.
 """
 
 import torch
@@ -43,7 +43,7 @@ def rearrange(gradients: Tensor, mask: Tensor, passes: int = 1) -> Tensor:
 
 
 def quadratic_loss(gradients: Tensor, mask: Tensor) -> Tensor:
-    """Q(P) of every layer, (L,) in float64: the squared sum of the pruned units' gradients, summed over mini-batches."""
+    """Q(P) of every layer, (L,) float64: squared sum of the pruned units' gradients, summed over mini-batches."""
     pruned = (mask == 0).double()
     return torch.einsum("nlu,lu->nl", gradients.double(), pruned).square().sum(0)
 

@@ -139,7 +139,7 @@ class _Run:
         self.tokens: int | None = None
 
     def attention(self, teacher: SlicedLayer, student: SlicedLayer, solve: bool) -> "_Equations | None":
-        """Step 1. Leaves the teacher's FFN residual sum in `batch.teacher`; the heads' equations, if they are wanted."""
+        """Step 1. Leaves the teacher's FFN residual sum in `batch.teacher`; the heads' equations, if wanted."""
         solve = solve and student.heads > 0
         equations = _Equations(student.out[0], student.parts.head_size, intercept=True) if solve else None
         cached = 0
