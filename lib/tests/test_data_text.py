@@ -2,6 +2,8 @@
 
 import logging
 import os
+import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -119,6 +121,64 @@ def test_no_file_is_in_two_splits_and_shares_are_kept(tmp_path):
         assert abs(counts[label, "validation"] / total - docstrings.VALIDATION_SHARE) < 0.05
 
 
+def _words(draw: random.Random, count: int = 24) -> list[str]:
+    return ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(4, 9))) for _ in range(count)]
+
+
+def _varied_package(folder: Path, name: str, files: int) -> Path:
+    """Files of texts that have nothing in common, and in each a pasted sentence, a text pasted with one word changed,
+    and one pasted with other punctuation and case."""
+    draw, pasted = random.Random(name), random.Random(f"pasted {name}")
+    sentence, text_of_20, other = _words(pasted, 14), _words(pasted, docstrings.MIN_WORDS), _words(pasted)
+    for i in range(files):
+        changed = [*text_of_20]
+        changed[10] = _words(draw, 1)[0]
+        shouted = [word.upper() if draw.random() < 0.5 else f"({word})," for word in other]
+        bodies = [*(_words(draw) for _ in range(5)), _words(draw, 9) + sentence + _words(draw, 9), changed, shouted]
+        file = folder / name / f"module{i}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        functions = (f'def f{j}():\n    """{" ".join(body)}."""\n' for j, body in enumerate(bodies))
+        file.write_text("\n\n".join(functions), encoding="utf-8")
+    return folder / name
+
+
+def _runs(texts: list[str], length: int) -> set[tuple[str, ...]]:
+    words = [re.findall(r"[a-z0-9_]+", text.lower()) for text in texts]
+    return {tuple(row[i : i + length]) for row in words for i in range(len(row) - length + 1)}
+
+
+def test_no_run_of_words_stands_in_two_splits(tmp_path, monkeypatch):
+    folders = {name: _varied_package(tmp_path, name, 40) for name in docstrings.LABELS}
+    rows = docstrings.collect(folders)
+    place = docstrings.split_files(rows)
+    apart = {s: [row.text for row in rows if place[row.file] == s] for s in ("train", "validation", "dev")}
+    assert _runs(apart["dev"], 12) & _runs(apart["train"], 12)  # whole files alone do not keep them apart
+
+    monkeypatch.setattr(docstrings, "locate", lambda: folders)
+    task = text.load("docstrings")
+    for one, two in (("train", "dev"), ("train", "validation"), ("validation", "dev")):
+        first, second = task.splits()[one].texts, task.splits()[two].texts
+        assert not _runs(first, 12) & _runs(second, 12)
+        assert not _runs(first, docstrings.SHARED_RUN) & _runs(second, docstrings.SHARED_RUN)
+    # What repeats nothing is kept, and all of train: of the eight texts of a file, three are pasted.
+    assert task.train.texts == apart["train"]
+    for name in ("validation", "dev"):
+        assert len(task.splits()[name]) == len(apart[name]) * 5 / 8
+        assert set(task.splits()[name].label) == {0, 1, 2, 3}
+
+
+def test_a_run_held_out_twice_stays_in_validation(monkeypatch):
+    parts = {f"p/{split}.py": split for split in ("dev", "train", "validation")}
+    monkeypatch.setattr(docstrings, "split_files", lambda rows: parts)
+    rows = [docstrings.Row(PROSE + f" {end}", 0, file) for end, file in zip("abc", parts, strict=True)]
+    assert {name: len(part) for name, part in docstrings.split_rows(rows[::2]).items()} == {
+        "train": 0,
+        "validation": 1,
+        "dev": 0,
+    }
+    assert [len(part) for part in docstrings.split_rows(rows).values()] == [1, 0, 0]
+
+
 def test_the_installed_packages_are_found_without_importing_them():
     program = (
         "import sys; from effnn.data import docstrings; print(len(docstrings.locate()), "
@@ -130,7 +190,7 @@ def test_the_installed_packages_are_found_without_importing_them():
 
 
 def test_built_in_task_is_made_once_and_cached(tmp_path, monkeypatch):
-    folders = {name: _package(tmp_path / "packages", name, 30) for name in docstrings.LABELS}
+    folders = {name: _varied_package(tmp_path / "packages", name, 30) for name in docstrings.LABELS}
     monkeypatch.setattr(docstrings, "locate", lambda: folders)
     task = text.load("docstrings")
     assert task.labels == docstrings.LABELS and task.num_labels == 4 and not task.regression
@@ -182,7 +242,8 @@ def test_unequal_columns_and_empty_splits_are_refused():
 
 
 def test_majority():
-    assert _task().majority() == 0.5
+    assert _task().majority() == 0.5 and _task().classification
+    assert not _task(labels=()).classification
     with pytest.raises(InvalidInput, match="regression"):
         _task(labels=()).majority()
 
@@ -327,9 +388,19 @@ def test_missing_files_and_wrong_names(tmp_path):
 # Hub
 
 
-def test_hub_out_of_reach_names_the_set_the_places_and_the_ways_out():
+def test_loading_downloads_nothing_and_names_the_set_the_place_and_the_ways_out(monkeypatch):
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(NotAvailable) as caught:
         text.load("sst2", source="hub")
+    message = str(caught.value)
+    for part in ("nyu-mll/glue", "sst2", str(paths.CACHE), "make data", "local path", "laptop profile"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_download_out_of_reach_names_the_set_the_place_and_the_ways_out():
+    with pytest.raises(NotAvailable) as caught:
+        hub.fetch("glue", "sst2")
     message = str(caught.value)
     for part in ("nyu-mll/glue", "sst2", str(paths.CACHE), "local path", "laptop profile"):
         assert part in message
@@ -359,9 +430,10 @@ def _fake_hub(monkeypatch, rows: dict[str, int]) -> list[tuple]:
     return calls
 
 
-def test_hub_is_read_once_and_then_from_parquet(monkeypatch):
+def test_hub_is_downloaded_once_and_read_from_parquet(monkeypatch):
     monkeypatch.setitem(hub.REPOSITORIES["glue"].rows, "sst2", {"train": 50, "validation": 4})
     calls = _fake_hub(monkeypatch, {"train": 50, "validation": 4, "test": 3})
+    assert hub.fetch("glue", "sst2") == hub.fetch("glue", "sst2")
     task = text.load("sst2", source="hub")
     assert task.dev.texts == ["s 0", "s 1", "s 2", "s 3"] and len(task.train) + len(task.validation) == 50
     assert text.load("sst2", source="hub").fingerprint == task.fingerprint
@@ -372,7 +444,7 @@ def test_hub_is_read_once_and_then_from_parquet(monkeypatch):
 def test_hub_with_wrong_sizes_is_refused_and_leaves_nothing(monkeypatch):
     _fake_hub(monkeypatch, {"train": 50, "validation": 4})
     with pytest.raises(InvalidInput, match="train holds 50 rows, 67349 were expected"):
-        text.load("sst2", source="hub")
+        hub.fetch("glue", "sst2")
     assert not list((paths.CACHE / "hub").glob("*")) if (paths.CACHE / "hub").exists() else True
 
 

@@ -99,11 +99,67 @@ def test_bf16_autocast_stays_close():
     assert 0 < error < 0.1
 
 
+def test_an_ffn_run_in_chunks_gives_the_same_gradients():
+    model, batch = FAMILIES["bert"]()
+    whole = calibrate(model, [batch])
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 1
+    chunked = calibrate(model, [batch])
+    torch.testing.assert_close(chunked.filter_gradients, whole.filter_gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_rows_whose_label_is_to_be_ignored_do_not_count():
+    model, batch = QA_FAMILIES["bert"]()
+    length = batch["input_ids"].shape[1]
+    outside = {name: value.clone() for name, value in batch.items()}
+    outside["start_positions"][1] = outside["end_positions"][1] = length
+    found = calibrate(model, [outside], fisher="sample")
+    alone = {name: value[:1] for name, value in batch.items()}
+    torch.testing.assert_close(found.head_gradients[0], mask_gradients(model, alone)[0], atol=2e-6, rtol=1e-3)
+    assert not found.head_gradients[1].any()
+    outside["start_positions"][:] = outside["end_positions"][:] = length
+    assert calibrate(model, [batch, outside]).rows == len(batch["input_ids"])
+
+    classifier, batch = FAMILIES["bert"]()
+    batch["labels"][0] = -100
+    assert calibrate(classifier, [batch]).chance_loss > 0
+
+
+def test_batches_of_one_row_are_held_out_whole():
+    model, batch = FAMILIES["bert"]()
+    singles = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(5)]
+    found = calibrate(model, singles, holdout=0.4)
+    assert [item.held_out for item in found.inputs] == [0, 0, 1, 0, 1]
+    assert [torch.equal(found.held_out_batches[k]["labels"], batch["labels"][i : i + 1]) for k, i in enumerate((2, 4))]
+
+
+def test_a_held_out_row_that_is_fitted_elsewhere_is_dropped_from_the_judgement():
+    model, batch = FAMILIES["bert"]()
+    assert not calibrate(model, [batch, batch], holdout=0.4).held_out_batches
+    other = batch | {"input_ids": batch["input_ids"].flip(0)}
+    found = calibrate(model, [batch, other], holdout=0.2)
+    assert not found.held_out_batches and not found.inputs[0].live[-1].any() and found.inputs[0].live[0].any()
+
+
+def test_chance_is_variance_for_regression_and_length_for_spans():
+    from ltp_models import build
+
+    model, batch = build("bert", num_labels=1)
+    batch["labels"] = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert calibrate(model, [batch]).chance_loss == pytest.approx(2.0)
+    model, batch = QA_FAMILIES["roberta"]()
+    found = calibrate(model, [batch])
+    assert found.chance_loss == pytest.approx(torch.tensor(found.mean_length).log().item())
+
+
 class TestErrors:
     def test_training_mode(self):
         model, batch = FAMILIES["bert"]()
         with pytest.raises(InvalidInput, match="model.eval"):
             calibrate(model.train(), [batch])
+        model.eval().bert.train()
+        with pytest.raises(InvalidInput, match="model.eval"):
+            calibrate(model, [batch])
 
     def test_no_labels(self):
         model, batch = FAMILIES["bert"]()

@@ -58,7 +58,7 @@ def test_the_whole_pipeline_ends_in_a_smaller_model_that_computes_what_the_maske
 def test_every_stage_keeps_the_budget(kind, ratio):
     model, batch = FAMILIES["bert"]()
     table = table_of(model, rest=0.01)
-    target = ltp.Macs(ratio) if kind == "macs" else ltp.Latency(max(ratio, 0.2))
+    target = ltp.Macs(ratio) if kind == "macs" else ltp.Latency(max(ratio, 0.2), batch=2, seq_len=13, repeats=2)
     result = ltp.prune(model, rows_of(batch, 4), target, table=table, progress=False)
     for stage, masks in zip(result.report.stages[1:], result.stages.values(), strict=True):
         if kind == "macs":
@@ -67,6 +67,8 @@ def test_every_stage_keeps_the_budget(kind, ratio):
             dense = table.predict(ltp.Masks.ones(ltp.Shape.of(model)))
             assert table.predict(masks) <= target.ratio * dense * (1 + 1e-9)
             assert stage.latency_ms == pytest.approx(table.predict(masks))
+            latency = result.report.latency
+            assert latency.predicted == pytest.approx(table.predict(result.masks)) and latency.measured > 0
 
 
 def test_it_is_deterministic_and_stages_can_be_left_out():
@@ -101,6 +103,41 @@ def test_scales_that_raise_the_held_out_loss_are_dropped_as_a_whole(monkeypatch,
     assert torch.equal(found.masks.filters, found.stages["rearrange"].filters)
     assert "are dropped" in caplog.text
     assert found.report.stages[-1].loss == found.report.stages[-2].loss
+
+
+def test_the_teacher_keeps_the_square_root_of_the_budget(monkeypatch):
+    import sys
+
+    module = sys.modules["effnn.ltp.prune"]
+    tune, teachers = module.tune_masks, []
+
+    def spy(model, inputs, masks, teacher, **options):
+        teachers.append(teacher)
+        return tune(model, inputs, masks, teacher, **options)
+
+    monkeypatch.setattr(module, "tune_masks", spy)
+    model, batch = FAMILIES["bert"]()
+    result = ltp.prune(model, rows_of(batch, 4), ltp.Macs(0.36), progress=False)
+    ratio = ltp.MacCost(ltp.Shape.of(model), result.report.seq_len).ratio(teachers[0])
+    assert 0.5 < ratio <= 0.6
+
+
+def test_peak_memory_is_reported_when_asked_for():
+    model, batch = FAMILIES["bert"]()
+    assert ltp.prune(model, [batch] * 2, ltp.Macs(0.5), progress=False).report.peak_bytes is None
+    with_memory = ltp.prune(model, [batch] * 2, ltp.Macs(0.5), progress=False, measure_memory=True)
+    assert with_memory.report.peak_bytes is None or with_memory.report.peak_bytes >= 0
+
+
+def test_a_loader_that_does_not_know_its_length_is_taken():
+    model, batch = FAMILIES["bert"]()
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from rows_of(batch, 3)
+
+    rows = torch.utils.data.DataLoader(Rows(), batch_size=None)
+    assert ltp.prune(model, rows, ltp.Macs(0.5), progress=False).report.rows == 15
 
 
 def test_nothing_held_out_means_no_losses_and_still_scales():
@@ -179,11 +216,18 @@ class TestErrors:
         with pytest.raises(InvalidInput, match="Macs"):
             ltp.prune(model, [batch], 0.5)
 
+    def test_importances_that_are_not_numbers(self):
+        model, _ = FAMILIES["bert"]()
+        cost = ltp.MacCost(ltp.Shape.of(model), 10.0)
+        heads = torch.ones(3, 4).index_fill_(1, torch.tensor([0]), torch.nan)
+        with pytest.raises(InvalidInput, match="finite"):
+            ltp.search_macs(heads, torch.ones(3, 48), cost, ltp.Macs(0.5))
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_a_latency_target_measures_its_own_table(family):
     model, batch = build(family, "images" if family == "vit" else "classification")
     result = ltp.prune(model, rows_of(batch, 4), ltp.Latency(0.9, batch=2, seq_len=13, grid=16), progress=False)
-    dense = result.report.dense_latency_ms
+    dense = result.report.latency.dense_predicted
     assert dense > 0 and result.report.stages[-1].latency_ms <= 0.9 * dense * (1 + 1e-9)

@@ -225,3 +225,122 @@ def test_it_says_what_it_needs():
         tune_masks(model, [], ones, ones)
     with pytest.raises(InvalidInput, match='"ridge" or "lsmr"'):
         tune_masks(model, [object()], ones, ones, solver="svd")
+
+
+def plain_residual_sums(model, batch, masks):
+    """For every layer under `masks`: input of out, of fc2, both residual sums, and what entered the two blocks."""
+    adapter = adapter_for(model)
+    found = [{} for _ in adapter.layers(model)]
+
+    def keep(place, name):
+        def hook(module, args, output=None):
+            found[place][name] = args[0]
+
+        return hook
+
+    handles = []
+    for place, layer in enumerate(adapter.layers(model)):
+        parts = adapter.parts(layer)
+        handles.append(layer.register_forward_pre_hook(keep(place, "states")))
+        handles.append(parts.fc1.register_forward_pre_hook(keep(place, "middle")))
+        handles.append(parts.norm_after_attention.register_forward_pre_hook(keep(place, "attention_sum")))
+        handles.append(parts.norm_after_ffn.register_forward_pre_hook(keep(place, "ffn_sum")))
+    with torch.no_grad(), masked(model, masks):
+        for place, layer in enumerate(
+            adapter.layers(model)
+        ):  # after the masks' own hooks, so that these see their work
+            parts = adapter.parts(layer)
+            handles.append(parts.out.register_forward_hook(keep(place, "context")))
+            handles.append(parts.fc2.register_forward_hook(keep(place, "activation")))
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_every_layers_equations_are_those_of_plain_runs_of_teacher_and_student(monkeypatch):
+    """Targets, inputs, padding, the split into fitted and held-out rows: all against runs of the masked models."""
+    model, batch = QA_FAMILIES["bert"]()
+    adapter, shape = adapter_for(model), Shape.of(model)
+    student = uneven_masks(shape)
+    teacher = Masks(torch.maximum(student.heads, uneven_masks(shape, 1).heads), torch.ones_like(student.filters))
+    monkeypatch.setattr("effnn.ltp.tune.MAX_SCALE", 0.0)  # nothing is accepted: the student stays the masked model
+    built = []
+    build = NormalEquations.of.__func__
+
+    def remember(cls, sums, weight_products, intercept=False):
+        equations = build(cls, sums, weight_products, intercept)
+        built.append((equations, intercept))
+        return equations
+
+    monkeypatch.setattr(NormalEquations, "of", classmethod(remember))
+    calibration = calibrate(model, [batch], holdout=0.4)
+    held = len(calibration.held_out_batches[0]["input_ids"])
+    assert held == 2
+    assert torch.equal(calibration.held_out_batches[0]["input_ids"], batch["input_ids"][-held:])
+    tune_masks(model, calibration.inputs, student, teacher)
+    runs = {name: plain_residual_sums(model, batch, masks) for name, masks in (("t", teacher), ("s", student))}
+    live = batch["attention_mask"].bool()
+    steps = [
+        (layer, kind) for layer in range(shape.layers) for kind in ("heads", "filters") if (layer, kind) != (0, "heads")
+    ]
+    assert len(built) == 2 * len(steps)
+    for place, (layer, kind) in enumerate(steps):
+        parts = adapter.parts(adapter.layers(model)[layer])
+        s, t = runs["s"][layer], runs["t"][layer]
+        if kind == "heads":
+            linear, block, inputs = parts.out, parts.head_size, s["context"]
+            target = t["attention_sum"] - s["states"] - linear.bias
+            columns = student.heads[layer].repeat_interleave(block).bool()
+        else:
+            linear, block, inputs = parts.fc2, 1, s["activation"]
+            target = t["ffn_sum"] - s["middle"] - linear.bias
+            columns = student.filters[layer].bool()
+        for (equations, intercept), rows in zip(
+            built[2 * place : 2 * place + 2], (slice(0, -2), slice(-2, None)), strict=True
+        ):
+            chosen = live[rows]
+            a = plain_ltp.design_matrix(inputs[rows][chosen][:, columns], linear.weight[:, columns], block).double()
+            b = target[rows][chosen].flatten().double()
+            assert intercept == (kind == "heads" and rows.stop == -2)
+            if intercept:
+                a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
+            torch.testing.assert_close(equations.matrix, a.T @ a, rtol=1e-4, atol=1e-2)
+            torch.testing.assert_close(equations.rhs, a.T @ b, rtol=1e-4, atol=2e-2)
+            assert equations.target_square == pytest.approx(float(b @ b), rel=1e-4)
+
+
+def test_scales_that_help_the_fitted_rows_only_are_not_taken():
+    from effnn.ltp.tune import _Equations
+
+    inputs, weight, _ = random_problem(1, units=5, tokens=60)
+    goal = inputs @ weight.T
+    equations = _Equations(weight, 1, intercept=False)
+    equations.fit.add(inputs[:40], 3 * goal[:40])
+    equations.held.add(inputs[40:], goal[40:])
+    scale, outcome = equations.solve(0, "filters", "ridge")
+    assert not outcome.accepted and torch.equal(scale, torch.ones(5)) and "held-out" in outcome.reason
+    equations.held.add(inputs[40:], 60 * goal[40:])
+    assert equations.solve(0, "filters", "ridge")[1].accepted
+
+
+def test_sums_stay_float32_and_float64_under_autocast():
+    inputs, weight, target = random_problem(1, units=300, tokens=64)
+    exact, autocast = Sums(weight.T, 1), Sums(weight.T, 1)
+    exact.add(inputs, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast.add(inputs, target)
+    torch.testing.assert_close(autocast.products, exact.products)
+    torch.testing.assert_close(autocast.rhs, exact.rhs)
+
+
+def test_tuning_under_autocast_is_near_that_in_full_precision():
+    model, batch = FAMILIES["bert"]()
+    shape = Shape.of(model)
+    masks, rows = uneven_masks(shape), rows_of(batch, 12)
+    full, half = (
+        tune_masks(model, calibrate(model, rows).inputs, masks, Masks.ones(shape), autocast=dtype)[1]
+        for dtype in (None, torch.bfloat16)
+    )
+    assert half[0].error_before == pytest.approx(full[0].error_before, rel=0.05)
+    assert half[0].accepted

@@ -77,20 +77,23 @@ def sweep_frame():
 
 
 def test_the_claims_are_answered_by_paired_differences():
-    found = pruning.claim_samples(sweep_frame())
+    found = pruning.claim_samples(sweep_frame(), "bert", 0)
     assert found["ltp.time"] == pytest.approx([30, 30.5, 31])
     assert found["ltp.tradeoff"] == pytest.approx([1, 0, -1])
     assert found["ltp.half"] == pytest.approx([2, 1, 0])
     assert found["ltp.stages"] == pytest.approx([1, 1, 1])
     known = {claim.id for claim in claims.rows()}
     assert set(found) <= known
-    assert "ltp.half" not in pruning.claim_samples(sweep_frame().query("budget == 0.6"))
+    assert "ltp.half" not in pruning.claim_samples(sweep_frame().query("budget == 0.6"), "bert", 0)
 
 
 def test_extra_budgets_of_one_checkpoint_do_not_enter_the_paired_differences():
     extra = sweep_frame().query("seed == 0 and budget == 0.5").assign(budget=0.2, accuracy=0.1)
     both = pd.concat([sweep_frame(), extra])
-    assert pruning.claim_samples(both)["ltp.stages"] == pruning.claim_samples(sweep_frame())["ltp.stages"]
+    assert (
+        pruning.claim_samples(both, "bert", 0)["ltp.stages"]
+        == pruning.claim_samples(sweep_frame(), "bert", 0)["ltp.stages"]
+    )
 
 
 def test_other_tasks_may_not_replace_the_built_in_results():

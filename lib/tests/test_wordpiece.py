@@ -90,3 +90,15 @@ def test_the_task_tokenizer_is_cached(tmp_path, monkeypatch):
     first = text.tokenizer_for(task, 50)
     monkeypatch.setattr(wordpiece, "_count_words", lambda *_: pytest.fail("trained again"))
     assert wordpiece.fingerprint(text.tokenizer_for(task, 50)) == wordpiece.fingerprint(first)
+
+
+def test_another_version_of_the_trainer_trains_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    trained = []
+    monkeypatch.setattr(wordpiece, "train_vocabulary", lambda *_: trained.append(1) or [*wordpiece.SPECIALS, "one"])
+    rows = text.Split(["one"] * 2, [0, 1])
+    task = text.TextTask("toy", ("a", "b"), rows, rows, rows, "here")
+    for version in ("1.0", "1.0", "2.0"):
+        monkeypatch.setattr(text.importlib.metadata, "version", lambda name, v=version: v)
+        text.tokenizer_for(task, 50)
+    assert len(trained) == 2

@@ -2,8 +2,9 @@
 
 Texts are runs of prose from the docstrings of scipy, pandas, matplotlib and the standard library, read with `ast` from
 the files that are installed: nothing is imported and nothing is downloaded. What would give the answer away (names,
-code, package names) is replaced by one neutral word. Versions of the packages decide the rows, so results compare
-only under equal fingerprints. This file does not tokenize; the corpus for language models is another loader's.
+code, package names) is replaced by one neutral word. No ten words in a row stand in two splits. Versions of the
+packages decide the rows, so results compare only under equal fingerprints. This file does not tokenize; the corpus for
+language models is another loader's.
 """
 
 import ast
@@ -26,7 +27,10 @@ PACKAGES = ("scipy", "pandas", "matplotlib")
 LABELS = (*PACKAGES, "stdlib")
 NEUTRAL = "xnamex"  # one lower-case word, so that a tokenizer keeps it whole
 MIN_WORDS = 20
-DEV_SHARE, VALIDATION_SHARE = 0.16, 0.08  # of a package's rows, in whole files
+DEV_SHARE, VALIDATION_SHARE = 0.16, 0.08  # of a package's rows, in whole files, before shared runs are dropped
+# Two texts that have so many words in a row in common are taken for near duplicates. Half of the shortest text: with
+# one word changed, a text of 20 words still has a run of ten in common with what it was.
+SHARED_RUN = MIN_WORDS // 2
 
 # Tests are left out because some distributions do not install them; the rest is other people's code.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -60,11 +64,7 @@ class Row:
 
 def load() -> TextTask:
     """The docstring task from what is installed here; takes about 15 s (the front door caches it)."""
-    rows = collect(locate())
-    place = split_files(rows)
-    splits: dict[str, list[Row]] = {"train": [], "validation": [], "dev": []}
-    for row in rows:
-        splits[place[row.file]].append(row)
+    splits = split_rows(collect(locate()))
     made = {name: Split([r.text for r in part], [r.label for r in part]) for name, part in splits.items()}
     return TextTask("docstrings", LABELS, **made, source="builtin: docstrings of the installed packages")
 
@@ -103,6 +103,26 @@ def collect(folders: Mapping[str, Path]) -> list[Row]:
                     if known.label != label:
                         ambiguous.add(text)
     return [row for row in first.values() if row.text not in ambiguous]
+
+
+def split_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of "train", "validation" and "dev": whole files, less the held-out rows that repeat another split.
+
+    Packages paste the same sentences into many files. A validation row that has `SHARED_RUN` words in a row in common
+    with a train row is dropped, and a dev row that has them in common with a train or validation row. Putting such
+    files on one side instead would put half of all rows into one group.
+    """
+    place = split_files(rows)
+    splits: dict[str, list[Row]] = {"train": [], "validation": [], "dev": []}
+    for row in rows:
+        splits[place[row.file]].append(row)
+    seen: set[str] = set()
+    for name, part in splits.items():
+        runs = [_word_runs(row.text) for row in part]
+        splits[name] = [row for row, found in zip(part, runs, strict=True) if seen.isdisjoint(found)]
+        seen.update(*runs)
+        log.info("docstrings: %s keeps %d of %d rows", name, len(splits[name]), len(part))
+    return splits
 
 
 def split_files(rows: Sequence[Row]) -> dict[str, str]:
@@ -178,6 +198,12 @@ def neutralize(text: str) -> str:
 
 def _word_count(text: str) -> int:
     return sum(word != NEUTRAL for word in re.findall(r"[A-Za-z]+", text))
+
+
+def _word_runs(text: str) -> set[str]:
+    """All runs of `SHARED_RUN` words, without case and punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[i : i + SHARED_RUN]) for i in range(len(words) - SHARED_RUN + 1)}
 
 
 def _source_files(folder: Path) -> Iterator[Path]:

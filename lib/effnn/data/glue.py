@@ -87,7 +87,7 @@ def load_folder(name: str, folder: str | Path, seed: int = 0) -> TextTask:
 
 
 def load_hub(name: str, seed: int = 0) -> TextTask:
-    """The task from the hub's copy at its pinned revision, kept as Parquet under data/cache. Raises NotAvailable."""
+    """The task from the hub's copy that `make data` left under data/cache. Raises NotAvailable where it is missing."""
     layout = _format(name)
     tables = hub.tables("glue", layout.config or name)
     train, dev = (_from_table(tables[split], layout) for split in ("train", layout.hub_dev))

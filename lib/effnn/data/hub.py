@@ -1,7 +1,8 @@
 """Data sets of the hub at pinned revisions, kept as Parquet under data/cache.
 
-`make data` downloads them once; everything else reads the Parquet files. Nothing falls back by itself: a data set that
-cannot be had stops the run with one sentence that names it, the places looked at, and the two ways out.
+`make data` downloads them once; everything else reads the Parquet files and never the network, so a run cannot begin
+with a download that nobody asked for. Nothing falls back by itself: a data set that cannot be had stops the run with
+one sentence that names it, the place looked at, and the ways out.
 """
 
 import logging
@@ -61,27 +62,29 @@ REPOSITORIES = {
 
 
 def tables(repository: str, config: str) -> dict[str, dict[str, list]]:
-    """Columns (name -> list) of every split of one configuration, downloaded first if it never was.
+    """Columns (name -> list) of every split of one configuration, from its Parquet files.
 
-    Raises NotAvailable where it is neither in the cache nor within reach.
+    Raises NotAvailable where it was not downloaded; nothing is downloaded here.
     """
     import pyarrow.parquet as parquet
 
-    folder = fetch(repository, config)
-    return {
-        split: parquet.read_table(folder / f"{split}.parquet").to_pydict()
-        for split in REPOSITORIES[repository].rows[config]
-    }
+    place, folder = REPOSITORIES[repository], _folder(repository, config)
+    if not folder.is_dir():
+        raise NotAvailable(
+            f"{place.id} ({config}) was looked for in {folder}, which does not exist: run `make data` to download it, "
+            f"give a local path ({place.local}) as the source, or use the laptop profile, which needs no download"
+        )
+    return {split: parquet.read_table(folder / f"{split}.parquet").to_pydict() for split in place.rows[config]}
 
 
 def fetch(repository: str, config: str) -> Path:
-    """Folder of one configuration's Parquet files, one a split; downloads and checks them if they are not there yet."""
-    place = REPOSITORIES[repository]
-    if config not in place.rows:
-        raise InvalidInput(f"{place.id} has no configuration {config!r} here: choose one of {', '.join(place.rows)}")
-    folder = paths.CACHE / "hub" / f"{repository}-{config}-{place.revision[:12]}"
+    """Folder of one configuration's Parquet files, one a split; downloads and checks them if they are not there yet.
+
+    Raises NotAvailable where the hub is out of reach, InvalidInput for a split of another size than the pinned one.
+    """
+    folder = _folder(repository, config)
     if not folder.is_dir():
-        _download(place, config, folder)
+        _download(REPOSITORIES[repository], config, folder)
     return folder
 
 
@@ -95,6 +98,13 @@ def describe(repository: str, config: str) -> str:
     """The words for a source line: id, configuration and revision."""
     place = REPOSITORIES[repository]
     return f"hub: {place.id}/{config} at {place.revision[:12]}"
+
+
+def _folder(repository: str, config: str) -> Path:
+    place = REPOSITORIES[repository]
+    if config not in place.rows:
+        raise InvalidInput(f"{place.id} has no configuration {config!r} here: choose one of {', '.join(place.rows)}")
+    return paths.CACHE / "hub" / f"{repository}-{config}-{place.revision[:12]}"
 
 
 def _download(place: Repository, config: str, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
     task = load("docstrings")                        # built in, no network
     task = load("sst2", source="/data/glue/SST-2")   # published TSV files in a folder
-    task = load("mnli", source="hub")                # the hub's copy, pinned
+    task = load("mnli", source="hub")                # the hub's copy, pinned, as `make data` left it
 
 Every source gives a `TextTask`; nothing falls back to another source by itself.
 """
@@ -52,9 +52,9 @@ TASKS = ("docstrings", *glue.FORMATS)
 def load(task: str = "docstrings", source: str | Path = "builtin", seed: int = 0) -> TextTask:
     """The task from its source; the built-in one takes about 15 s once and is cached.
 
-    source: "builtin" (docstrings only), "hub", or the folder of the published files (GLUE tasks). seed: of the hash
-    that carves GLUE's validation rows out of train. Raises InvalidInput for a task or row that makes no sense, and
-    NotAvailable for data that cannot be had here.
+    source: "builtin" (docstrings only), "hub" (what `make data` downloaded), or the folder of the published files (GLUE
+    tasks). seed: of the hash that carves GLUE's validation rows out of train. Raises InvalidInput for a task or row
+    that makes no sense, and NotAvailable for data that cannot be had here.
     """
     if task not in TASKS:
         raise InvalidInput(f"unknown text task {task!r}: choose one of {', '.join(TASKS)}")
@@ -74,7 +74,12 @@ def tokenizer_for(task: TextTask, vocab_size: int = 4096, lowercase: bool = True
     """A WordPiece tokenizer trained on the task's training texts, the same on every run; cached."""
     vocabulary = cache.remember(
         "wordpiece",
-        {"data": task.fingerprint, "vocab_size": vocab_size, "lowercase": lowercase},
+        {
+            "data": task.fingerprint,
+            "vocab_size": vocab_size,
+            "lowercase": lowercase,
+            "tokenizers": importlib.metadata.version("tokenizers"),
+        },
         lambda: wordpiece.train_vocabulary(task.train.texts + (task.train.texts_b or []), vocab_size, lowercase),
         code=[wordpiece],
     )

@@ -72,6 +72,11 @@ class TextTask:
         return not self.labels
 
     @property
+    def classification(self) -> bool:
+        """True where labels are classes: only then are there `majority` and the bag-of-words baseline."""
+        return bool(self.labels)
+
+    @property
     def num_labels(self) -> int:
         """Outputs a model needs: the number of classes, or 1 for regression."""
         return len(self.labels) or 1
@@ -96,7 +101,10 @@ class TextTask:
         return {"train": self.train, "validation": self.validation, "dev": self.dev}
 
     def majority(self) -> float:
-        """Share of the commonest class of `dev`: what a model that ignores its input reaches."""
+        """Share of the commonest class of `dev`: what a model that ignores its input reaches.
+
+        Raises InvalidInput for a regression task (see `classification`).
+        """
         if self.regression:
             raise InvalidInput(f"{self.name} is a regression task: it has no majority class")
         return max(self.dev.label.count(c) for c in range(len(self.labels))) / len(self.dev)

@@ -7,6 +7,7 @@ on one core. A finished model is cached; an unfinished one goes on from its last
 import dataclasses
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,17 @@ import joblib
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from effnn import cache, paths
-from effnn.base import InvalidInput, atomic_path, threads
+from effnn.base import InvalidInput, NotAvailable, atomic_path, threads
 from effnn.data import encoding
-from effnn.data.encoding import EncodedTask, encode, loader
+from effnn.data.encoding import EncodedTask, encode, encode_split, loader
 from effnn.data.text import fingerprint, tokenizer_for
 from effnn.data.text_task import TextTask
 from effnn.experiments import training
@@ -50,10 +56,12 @@ class ClassifierConfig:
 
     The defaults were chosen on the validation rows of the docstring task: three passes do better than two, twice the
     learning rate does not train, and dropout is neither better nor faster at 0. Attention dropout is off because it
-    keeps torch from its fused attention.
+    keeps torch from its fused attention. checkpoint: folder or hub id of a model that was fine-tuned on the task; it is
+    taken as it is, and nothing is trained.
     """
 
     family: str = "bert"
+    checkpoint: str = ""
     layers: int = 4
     hidden: int = 128
     heads: int = 4
@@ -122,6 +130,8 @@ def train_classifier(task: TextTask, config: ClassifierConfig | None = None, dev
     training goes on from the last epoch that was finished.
     """
     config = config or ClassifierConfig()
+    if config.checkpoint:
+        return _load_checkpoint(task, config, device)
     tokenizer = _tokenizer(task, config)
     value = cache.remember("classifier", *_entry(task, config, tokenizer, device))
     model = build_model(task, config, tokenizer)
@@ -131,21 +141,22 @@ def train_classifier(task: TextTask, config: ClassifierConfig | None = None, dev
 
 
 def train_classifiers(
-    task: TextTask, configs: Sequence[ClassifierConfig], workers: int | None = None
+    task: TextTask, configs: Sequence[ClassifierConfig], workers: int | None = None, device: str = "cpu"
 ) -> list[TrainedClassifier]:
     """Train several classifiers side by side in processes of `config.threads` threads each, in the given order.
 
     workers: processes at a time; None: as many as the cores hold, and one more where their number would leave a core
-    without work at the end (three trainings on two cores share them). Those in the cache start no process.
+    without work at the end (three trainings on two cores share them). Those in the cache start no process. On another
+    device than the CPU they are trained one after the other, here.
     """
-    missing = [config for config in configs if not _is_cached(task, config)]
+    missing = [config for config in configs if device == "cpu" and not _is_cached(task, config)]
     if missing:
         count = max(config.threads for config in missing)
         fit = max(1, cores() // count)
         run_jobs(
             _train_and_cache, [(task, c) for c in missing], "training", workers or fit + (len(missing) % fit > 0), count
         )
-    return [train_classifier(task, config) for config in configs]
+    return [train_classifier(task, config, device) for config in configs]
 
 
 def fine_tune(
@@ -226,7 +237,7 @@ def _entry(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokeni
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    code = [train_classifier, build_model, training, encoding]
+    code = [sys.modules[__name__], training, encoding]
     digest = joblib.hash([key, [inspect.getsource(item) for item in code]])
     partial = paths.CACHE / "classifier" / f"{digest}.partial.pt"
     return key, lambda: _train(task, config, tokenizer, device, partial), code
@@ -246,6 +257,24 @@ def _train(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokeni
     partial.unlink(missing_ok=True)
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     return {"state": state, "curve": end.curve, "dev": dev, "seconds": end.seconds}
+
+
+def _load_checkpoint(task: TextTask, config: ClassifierConfig, device: str) -> TrainedClassifier:
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(config.checkpoint).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
+    except (OSError, ValueError) as error:
+        raise NotAvailable(
+            f"the checkpoint {config.checkpoint!r} cannot be had ({error}): give the folder of a saved model and its "
+            "tokenizer, or leave it empty to train a small model here"
+        ) from error
+    if model.config.num_labels != task.num_labels:
+        raise InvalidInput(
+            f"{config.checkpoint} has {model.config.num_labels} outputs, {task.name} has {task.num_labels}: "
+            "was it fine-tuned on this task?"
+        )
+    dev = evaluate(model, loader(encode_split(task.dev, tokenizer, config.max_length), EVALUATION_BATCH))
+    return TrainedClassifier(model, tokenizer, config, (), dev, 0.0)
 
 
 def _write(path: Path, progress: Progress) -> None:
@@ -271,6 +300,8 @@ def _is_cached(task: TextTask, config: ClassifierConfig) -> bool:
     def missing() -> None:
         raise _Missing
 
+    if config.checkpoint:
+        return True
     key, _, code = _entry(task, config, _tokenizer(task, config), "cpu")
     try:
         cache.remember("classifier", key, missing, code)

@@ -6,26 +6,33 @@ pruner's options, the retraining's learning rate) are made on the validation spl
 both sides; the dev split is read once for each row that is reported.
 """
 
+import copy
 import dataclasses
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from torch import nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from effnn import cache, ltp
 from effnn.base import InvalidInput, Timing, interleave, threads
+from effnn.data import encoding, text, text_task
 from effnn.data.encoding import EncodedSplit, EncodedTask, encode, encode_split, loader
-from effnn.data.text import calibration_loader
+from effnn.data.text import calibration_loader, fingerprint
 from effnn.data.text_task import TextTask
+from effnn.experiments import classifier, training
 from effnn.experiments.classifier import ClassifierConfig, TrainedClassifier, evaluate, fine_tune, train_classifier
 from effnn.experiments.pool import run_jobs
+from effnn.experiments.training import EVALUATION_BATCH
 from effnn.ltp.latency_measure import random_inputs
 
-EVALUATION_BATCH = 128
 STAGES = ("search", "rearrange", "tune")
 BUILTIN = "docstrings"
 PARAMETERS = (
@@ -70,6 +77,7 @@ class Sweep:
 
     rows, batch: of the calibration draw. trials: tries of the pruner's options and, where it is run, of the
     retraining's learning rate. retrain_budgets, retrain_epochs: where and how long the retraining baseline trains.
+    device: of models and timings; on another than the CPU jobs run one after the other.
     """
 
     rows: int = 2048
@@ -78,6 +86,7 @@ class Sweep:
     retrain_budgets: tuple[float, ...] = (0.6, 0.4)
     retrain_epochs: int = 4
     threads: int = 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,17 @@ class Pruned:
 
     stages: dict[str, ltp.Masks]
     report: dict
+
+
+def load_task(profile: str, task: str, source: str, train_rows: int, dev_rows: int) -> TextTask:
+    """The task, cut to so many rows (0: all). InvalidInput for regression, and for a task under another's profile."""
+    check_profile(profile, task)
+    data = text.load(task, source).subset(train=train_rows or None, dev=dev_rows or None)
+    if data.regression:
+        raise InvalidInput(
+            f"this notebook compares accuracies, and {task} is a regression task: choose a classification"
+        )
+    return data
 
 
 def check_profile(profile: str, task: str) -> None:
@@ -121,7 +141,8 @@ def run_sweep(task: TextTask, listed: list[tuple[ClassifierConfig, float, int]],
     """
     # the longest jobs first, so that the last ones to end are short
     order = sorted(range(len(listed)), key=lambda i: listed[i][1] not in sweep.retrain_budgets)
-    done = run_jobs(_one, [(task, *listed[i], sweep) for i in order], "sweep", threads=sweep.threads)
+    workers = None if sweep.device == "cpu" else 1
+    done = run_jobs(_one, [(task, *listed[i], sweep) for i in order], "sweep", workers, sweep.threads)
     return pd.DataFrame([row for rows in done for row in rows]).sort_values(
         ["family", "budget", "method", "seed", "calibration_seed"], ignore_index=True
     )
@@ -132,26 +153,27 @@ def prune_checkpoint(
 ) -> Pruned:
     """Prune one trained checkpoint to a share of its MACs; cached."""
 
+    trained = _trained(task, config, sweep)
+
     def compute() -> Pruned:
-        trained = train_classifier(task, config)
         rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, seed, config.max_length)
         with threads(sweep.threads):
             result = ltp.prune(trained.model, rows, ltp.Macs(budget), seed=seed, progress=False, **options)
         return Pruned(result.stages, result.report.to_dict())
 
-    key = _key(task, config, sweep) | {"budget": budget, "seed": seed, "options": options}
-    return cache.remember("pruned", key, compute, code=_ltp_modules())
+    key = _key(task, trained, sweep) | {"budget": budget, "seed": seed, "options": options}
+    return cache.remember("pruned", key, compute, _code())
 
 
 def _one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep) -> list[dict]:
     """All rows of one checkpoint, budget and calibration seed; cached."""
-    key = _key(task, config, sweep) | {"budget": budget, "seed": seed, "sweep": dataclasses.asdict(sweep)}
-    code = [*_ltp_modules(), sys.modules[__name__]]
-    return cache.remember("sweep", key, lambda: _compute_one(task, config, budget, seed, sweep), code)
+    trained = _trained(task, config, sweep)
+    key = _key(task, trained, sweep) | {"budget": budget, "seed": seed, "sweep": dataclasses.asdict(sweep)}
+    return cache.remember("sweep", key, lambda: _compute_one(task, trained, budget, seed, sweep), _code())
 
 
-def _compute_one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep) -> list[dict]:
-    trained = train_classifier(task, config)
+def _compute_one(task: TextTask, trained: TrainedClassifier, budget: float, seed: int, sweep: Sweep) -> list[dict]:
+    config = trained.config
     dev, validation = (encode_split(s, trained.tokenizer, config.max_length) for s in (task.dev, task.validation))
     tries = [prune_checkpoint(task, config, budget, seed, sweep, **o) for o in PRUNER_TRIALS[: sweep.trials]]
     trial = _best([_score(ltp.shrink(trained.model, one.stages["tune"]), validation) for one in tries])
@@ -234,12 +256,15 @@ def check_identity(task: TextTask, trained: TrainedClassifier, masks: ltp.Masks,
     """Largest absolute logit differences on dev rows: masked - shrunk, loaded from disk - shrunk, masked - dense."""
     split = encode_split(task.dev.take(range(min(rows, len(task.dev)))), trained.tokenizer, trained.config.max_length)
     small = ltp.shrink(trained.model, masks)
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
-        loaded = ltp.load_pruned(folder).eval()
+        loaded = ltp.load_pruned(folder).eval().to(trained.model.device)
+    enable_progress_bar()
     largest = {"masked_shrunk": 0.0, "loaded_shrunk": 0.0, "masked_dense": 0.0}
     with torch.no_grad():
         for batch in loader(split, 64):
+            batch = {name: value.to(trained.model.device) for name, value in batch.items()}
             with ltp.masked(trained.model, masks):
                 masked = trained.model(**batch).logits
             shrunk, reloaded, dense = (m(**batch).logits for m in (small, loaded, trained.model))
@@ -256,13 +281,14 @@ def check_identity(task: TextTask, trained: TrainedClassifier, masks: ltp.Masks,
 def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, table: ltp.LatencyTable) -> pd.DataFrame:
     """Budgets 0.05 to 0.95 by MACs (exact count) and by latency (predicted by `table`): asked, reached, kept or not.
 
-    A latency budget below what is left with every block empty cannot be met: the search must refuse it, and does.
+    A latency budget below what is left with the cheapest blocks cannot be met: only there a refusal is right.
     """
     rows = calibration_loader(task, trained.tokenizer, min(sweep.rows, 256), sweep.batch, 0, trained.config.max_length)
     found = ltp.calibrate(trained.model, rows, keep_inputs=False)
     cost = ltp.MacCost(ltp.Shape.of(trained.model), found.mean_length)
     importance = found.head_importance, found.filter_importance
     dense_ms = table.predict(ltp.Masks.ones(cost.shape))
+    floor_ms = table.rest_ms + cost.shape.layers * (min(table.head_ms) + min(table.filter_ms))
     listed = []
     for ratio in (round(0.05 * step, 2) for step in range(1, 20)):
         reached = cost.ratio(ltp.search_macs(*importance, cost, ltp.Macs(ratio)))
@@ -271,7 +297,8 @@ def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, tabl
         try:
             reached = table.predict(ltp.search_latency(*importance, table, target)) / dense_ms
         except InvalidInput:
-            listed.append({"budget": ratio, "kind": "latency", "reached": np.nan, "kept": True, "refused": True})
+            right = ratio * dense_ms < floor_ms
+            listed.append({"budget": ratio, "kind": "latency", "reached": np.nan, "kept": right, "refused": True})
             continue
         kept = reached <= ratio * (1 + 1e-9)
         listed.append({"budget": ratio, "kind": "latency", "reached": reached, "kept": kept, "refused": False})
@@ -291,23 +318,20 @@ def latency_curves(
     inputs = random_inputs(model, batch, seq_len)[0]
     cost = ltp.MacCost(ltp.Shape.of(model), float(seq_len))
 
-    def forward(network: nn.Module, with_masks: ltp.Masks | None = None):
+    def forward(network: nn.Module):
         def run() -> None:
             with torch.no_grad():
-                if with_masks is None:
-                    network(**inputs)
-                else:
-                    with ltp.masked(network, with_masks):
-                        network(**inputs)
+                network(**inputs)
 
         return run
 
-    variants = {"dense": forward(model)}
-    for budget, chosen in masks.items():
-        variants[f"masked {budget}"] = forward(model, chosen)
-        variants[f"shrunk {budget}"] = forward(ltp.shrink(model, chosen))
-    with threads(count):
-        times = interleave(variants, rounds=rounds, warmup=2)
+    with threads(count), ExitStack() as stack:
+        variants = {"dense": forward(model)}
+        for budget, chosen in masks.items():
+            # a copy of its own, so that setting the hooks is not timed
+            variants[f"masked {budget}"] = forward(stack.enter_context(ltp.masked(copy.deepcopy(model), chosen)))
+            variants[f"shrunk {budget}"] = forward(ltp.shrink(model, chosen))
+        times = interleave(variants, rounds=rounds, warmup=2, device=model.device)
     dense = times["dense"]
     rows = []
     for budget, chosen in masks.items():
@@ -346,31 +370,35 @@ def latency_target(
         )
         for ratio in ratios:
             rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
-            target = ltp.Latency(ratio, batch, seq_len)
+            target = ltp.Latency(ratio, batch, seq_len, repeats=3 * rounds)
             result = ltp.prune(trained.model, rows, target, table=table, progress=False)
             small = result.materialize()
-            times = ltp.compare_latency({"dense": trained.model, "shrunk": small}, batch, seq_len, repeats=3 * rounds)
-            report = result.report
+            check, final = result.report.latency, result.report.stages[-1]
             listed.append(
                 {
                     "budget": ratio,
-                    "predicted": report.stages[-1].latency_ms / report.dense_latency_ms,
-                    "measured": float(np.median(times["shrunk"].over(times["dense"]))),
-                    "mac_ratio": report.stages[-1].mac_ratio,
+                    "predicted": check.predicted / check.dense_predicted,
+                    "measured": check.measured / check.dense_measured,
+                    "predicted_ms": check.predicted,
+                    "measured_ms": check.measured,
+                    "mac_ratio": final.mac_ratio,
                     "accuracy": evaluate(small, loader(dev, EVALUATION_BATCH)).accuracy,
                 }
             )
     return pd.DataFrame(listed), table
 
 
-def claim_samples(frame: pd.DataFrame) -> dict[str, list[float]]:
-    """Values of the ltp.* claims that the sweep answers, one for each checkpoint seed (points, or a ratio of times)."""
-    bert = frame[(frame.family == frame.family.iloc[0]) & (frame.calibration_seed == frame.calibration_seed.min())]
-    accuracy = bert.pivot_table(index=["seed", "budget"], columns="method", values="accuracy")
-    seconds = bert.pivot_table(index=["seed", "budget"], columns="method", values="seconds")
-    dense = bert.groupby("seed").dense_accuracy.first()
+def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> dict[str, list[float]]:
+    """Values of the ltp.* claims that the sweep answers, one for each checkpoint seed of one family.
+
+    Points of accuracy on dev, or a ratio of times; only rows of the calibration draw that all checkpoints share count.
+    """
+    chosen = frame[(frame.family == family) & (frame.calibration_seed == calibration_seed)]
+    accuracy = chosen.pivot_table(index=["seed", "budget"], columns="method", values="accuracy")
+    seconds = chosen.pivot_table(index=["seed", "budget"], columns="method", values="seconds")
+    dense = chosen.groupby("seed").dense_accuracy.first()
     samples: dict[str, list[float]] = {}
-    shared = [b for b, group in bert.groupby("budget") if group.seed.nunique() == bert.seed.nunique()]
+    shared = [b for b, group in chosen.groupby("budget") if group.seed.nunique() == chosen.seed.nunique()]
     if "retrain" in seconds:
         samples["ltp.time"] = list((seconds.retrain / seconds.tune).dropna().groupby("seed").mean())
         if 0.6 in shared:
@@ -421,15 +449,27 @@ def _share(name: str, timing: Timing, dense: Timing) -> dict[str, float]:
     return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _key(task: TextTask, config: ClassifierConfig, sweep: Sweep) -> dict[str, object]:
+def _key(task: TextTask, trained: TrainedClassifier, sweep: Sweep) -> dict[str, object]:
+    state = {name: value.cpu().numpy().tobytes() for name, value in trained.model.state_dict().items()}
     return {
         "data": task.fingerprint,
-        "config": dataclasses.asdict(config),
+        "weights": joblib.hash(state),
+        "tokenizer": fingerprint(trained.tokenizer),
+        "config": dataclasses.asdict(trained.config),
         "calibration": (sweep.rows, sweep.batch),
         "threads": sweep.threads,
-        "torch": torch.__version__,
+        "device": sweep.device,
+        "versions": (torch.__version__, transformers.__version__),
     }
 
 
-def _ltp_modules() -> list:
-    return [module for name, module in sorted(sys.modules.items()) if name.startswith("effnn.ltp.")]
+def _code() -> list:
+    """Everything of ours that a pruning, its evaluation and the retraining go through."""
+    own = [sys.modules[__name__], classifier, training, encoding, text_task]
+    return own + [module for name, module in sorted(sys.modules.items()) if name.startswith("effnn.ltp.")]
+
+
+def _trained(task: TextTask, config: ClassifierConfig, sweep: Sweep) -> TrainedClassifier:
+    trained = train_classifier(task, config, sweep.device)
+    trained.model.to(sweep.device)
+    return trained

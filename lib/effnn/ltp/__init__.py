@@ -16,7 +16,7 @@ from effnn.ltp.latency_measure import compare_latency, measure_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
 from effnn.ltp.macs import MacCost, Macs, search_macs
 from effnn.ltp.masks import Masks, Shape, masked
-from effnn.ltp.prune import PruneReport, PruneResult, Stage, prune
+from effnn.ltp.prune import LatencyCheck, PruneReport, PruneResult, Stage, prune
 from effnn.ltp.pruned_models import load_pruned, register_pruned
 from effnn.ltp.rearrange import quadratic_loss, rearrange
 from effnn.ltp.shrink import pad, shrink
@@ -26,6 +26,7 @@ __all__ = [
     "Adapter",
     "Calibration",
     "Latency",
+    "LatencyCheck",
     "LatencyTable",
     "LayerParts",
     "LayerTuning",

@@ -38,9 +38,10 @@ class Sums:
         """Add tokens. inputs: C, (T, n); target: R, (T, d)."""
         if len(inputs) == 0:
             return
-        inputs, target = inputs.float(), target.float()
-        _add_self_product(self.products, inputs)
-        self.rhs += ((inputs.T @ target) * self.weight).sum(1).view(self.units, self.block).sum(1)
+        with torch.autocast(inputs.device.type, enabled=False):  # the forward may run in bfloat16, the sums may not
+            inputs, target = inputs.float(), target.float()
+            _add_self_product(self.products, inputs)
+            self.rhs += ((inputs.T @ target) * self.weight).sum(1).view(self.units, self.block).sum(1)
         self.column_sums += inputs.sum(0)
         self.target_sum += float(target.sum(dtype=torch.float64))
         self.target_square += float(target.square().sum(dtype=torch.float64))

@@ -88,6 +88,11 @@ def search_macs(
     Raises InvalidInput if no choice fits, naming the smallest ratio that does.
     """
     shape = cost.shape
+    for name, importance in (("head", head_importance), ("filter", filter_importance)):
+        if not (importance.isfinite().all() and (importance >= 0).all()):
+            raise InvalidInput(f"{name} importances: expected finite numbers of at least 0")
+    if target.ratio == 1:
+        return Masks.ones(shape)
     if target.min_heads > shape.heads or target.min_filters > shape.filters:
         raise InvalidInput(
             f"the minimum per layer exceeds the {shape.heads} heads or {shape.filters} filters of a layer"
@@ -129,7 +134,7 @@ class _Units:
         self.value = padded.view(layers, chunks, chunk).sum(-1)
         self.forced = math.ceil(minimum / chunk)
         self.cost = unit_cost * chunk
-        self.base_cost = layers * self.forced * self.cost
+        self.base_cost = layers * min(self.forced * chunk, width) * unit_cost
         # chunks of all layers compete by their value, which falls with the rank within a layer
         free = self.value[:, self.forced :]
         self.owner = torch.arange(layers).unsqueeze(1).expand_as(free).flatten()

@@ -10,8 +10,10 @@ any further training.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,11 +25,13 @@ from transformers import PreTrainedModel
 from effnn.base import InvalidInput, PeakMemory
 from effnn.ltp.adapters import adapter_for
 from effnn.ltp.export import export_padded
-from effnn.ltp.fisher import Calibration, calibrate
+from effnn.ltp.fisher import Calibration, calibrate, counted_rows
 from effnn.ltp.latency import search_latency
+from effnn.ltp.latency_measure import compare_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
 from effnn.ltp.macs import MacCost, Macs, search_macs
 from effnn.ltp.masks import Masks, Shape
+from effnn.ltp.pruned_models import pruned_class
 from effnn.ltp.rearrange import rearrange as rearrange_mask
 from effnn.ltp.shrink import shrink
 from effnn.ltp.tune import LayerTuning, tune_masks
@@ -53,12 +57,24 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class LatencyCheck:
+    """Milliseconds of one forward pass: predicted by the latency table, and measured on the assembled models."""
+
+    dense_predicted: float
+    dense_measured: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What was done, stage by stage and layer by layer.
 
     calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's. dense_loss: the dense
     model's on the held-out rows. tuning_accepted: False if the held-out loss rose and the scales were dropped.
-    peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident set), None if not measured.
+    latency: with a latency target, ms of the dense and of the pruned model, predicted by the table and measured at the
+    end, the two models in turn (median). peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident
+    set), None if not measured.
     """
 
     target: Macs | Latency
@@ -70,7 +86,7 @@ class PruneReport:
     stages: list[Stage]
     layers: list[LayerTuning] = field(default_factory=list)
     tuning_accepted: bool | None = None
-    dense_latency_ms: float | None = None
+    latency: LatencyCheck | None = None
     peak_bytes: int | None = None
 
     @property
@@ -84,8 +100,9 @@ class PruneReport:
         return sum(layer.accepted for layer in self.layers)
 
     def to_dict(self) -> dict:
-        """The report as plain values, ready for JSON or a table."""
-        return asdict(self) | {"target": {"kind": type(self.target).__name__, **_plain(asdict(self.target))}}
+        """The report as plain values, ready for JSON (what was not found is None) or a table."""
+        target = {"kind": type(self.target).__name__, **asdict(self.target)}
+        return _plain(asdict(self) | {"target": target})
 
 
 @dataclass(frozen=True)
@@ -140,19 +157,21 @@ def prune(
     """
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
+    pruned_class(type(model))  # raises for a model that could not be made smaller in the end
     if not isinstance(target, (Macs, Latency)):
         raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
-    batches = len(calibration_loader) if hasattr(calibration_loader, "__len__") else None
-    device = next(model.parameters()).device
-    if isinstance(target, Latency) and table is None:
+    if isinstance(target, Latency):
         # before the calibration, so that a device that is not here is found at once
-        table = LatencyTable.measure(model, target, progress=progress)
-    memory = PeakMemory(device)
-    if measure_memory:
-        memory.__enter__()
-    clock = _Clock()
+        table = table or LatencyTable.measure(model, target, progress=progress)
+        table.check(target)
+    memory = PeakMemory(next(model.parameters()).device)
+    batches = _length(calibration_loader)
     total = None if batches is None else batches + 2 * shape.layers * tune
-    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress, leave=False) as bar:
+    with (
+        memory if measure_memory else nullcontext(),
+        tqdm(total=total, desc="calibrate", unit="step", disable=not progress, leave=False) as bar,
+    ):
+        clock = _Clock()
         calibration = calibrate(
             model,
             calibration_loader,
@@ -197,8 +216,7 @@ def prune(
                 log.warning("tuned scales raise the held-out loss from %.4f to %.4f and are dropped", loss, tuned_loss)
             kept["tune"] = tuned if accepted else before
             stages.append(_stage("tune", clock, budget, kept["tune"], tuned_loss if accepted else loss))
-    if measure_memory:
-        memory.__exit__(None, None, None)
+    masks = list(kept.values())[-1]
     report = PruneReport(
         target=target,
         rows=calibration.rows,
@@ -209,10 +227,10 @@ def prune(
         stages=stages,
         layers=layers,
         tuning_accepted=accepted,
-        dense_latency_ms=budget.table.predict(Masks.ones(shape)) if budget.table else None,
+        latency=_check_latency(model, masks, target, table) if isinstance(target, Latency) else None,
         peak_bytes=memory.peak_bytes,
     )
-    return PruneResult(model, list(kept.values())[-1], kept, report)
+    return PruneResult(model, masks, kept, report)
 
 
 class _Budget:
@@ -253,19 +271,43 @@ def _held_out_loss(
     model: PreTrainedModel, calibration: Calibration, labels: str, masks: Masks | None = None
 ) -> float | None:
     """Mean loss over the held-out rows of the model as shrunk by `masks`; None without such rows or without labels."""
-    if not calibration.held_out_batches or labels == "model":
+    if labels == "model":
         return None
-    small = model if masks is None else shrink(model, masks)
+    small = model if masks is None else shrink(model, masks, share=True)
     total = rows = 0.0
     with torch.no_grad():
         for batch in calibration.held_out_batches:
-            size = len(next(iter(batch.values())))
-            total += float(small(**batch).loss) * size
-            rows += size
-    return total / rows
+            if counted := counted_rows(batch, next(iter(batch.values())).shape[1]):
+                total += float(small(**batch).loss) * counted
+                rows += counted
+    return total / rows if rows else None
 
 
-def _plain(values: dict) -> dict:
-    return {
-        key: value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in values.items()
-    }
+def _check_latency(model: PreTrainedModel, masks: Masks, target: Latency, table: LatencyTable) -> LatencyCheck:
+    models = {"dense": model, "pruned": shrink(model, masks)}
+    times = compare_latency(models, target.batch, target.seq_len, target.device, target.repeats)
+    return LatencyCheck(
+        dense_predicted=table.predict(Masks.ones(Shape.of(model))),
+        dense_measured=1e3 * times["dense"].median,
+        predicted=table.predict(masks),
+        measured=1e3 * times["pruned"].median,
+    )
+
+
+def _length(loader: Iterable) -> int | None:
+    """Number of mini-batches, None where the loader does not know it."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _plain(value: object) -> object:
+    """Numbers, texts, lists and dicts only; NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

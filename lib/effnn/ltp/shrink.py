@@ -22,12 +22,13 @@ _COLUMNS = {"out": "heads", "fc2": "filters"}
 """Which units the rows or the columns of each map belong to."""
 
 
-def shrink(model: PreTrainedModel, masks: Masks) -> PreTrainedModel:
+def shrink(model: PreTrainedModel, masks: Masks, share: bool = False) -> PreTrainedModel:
     """A new, smaller model that computes what `model` computes under `masks`; `model` is left as it was.
 
     Device, dtype, `requires_grad` and train or eval mode are kept. Beyond the small model itself no memory of the size
-    of the weights is used. InvalidInput if the masks do not fit, if the model is pruned already, or if its class has
-    no pruned counterpart.
+    of the weights is used. share: parameters that nothing is cut from (embeddings, task head) are not copied but the
+    model's own, for a quick look that is thrown away. InvalidInput if the masks do not fit, if the model is pruned
+    already, or if its class has no pruned counterpart.
     """
     adapter = adapter_for(model)
     masks.check(Shape.of(model, adapter))
@@ -52,7 +53,7 @@ def shrink(model: PreTrainedModel, masks: Masks) -> PreTrainedModel:
                 columns = scale[_COLUMNS[part]].to(weight.device)[kept]
                 # a product with float32 scales is float32; half precision rounds once, here
                 changed[f"{names[linear]}.weight"] = (weight[:, kept] * columns).to(weight.dtype)
-    _fill(small, model, changed)
+    _fill(small, model, changed, share)
     return small.train(model.training)
 
 
@@ -111,7 +112,7 @@ def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> P
         return model_class(config)
 
 
-def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, Tensor]) -> None:
+def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, Tensor], share: bool = False) -> None:
     """Give every parameter and buffer of `target` its tensor: `changed[name]`, else a copy of the source's."""
     origins = dict(source.named_parameters(remove_duplicate=False))
     places = dict(target.named_parameters(remove_duplicate=False))
@@ -124,7 +125,7 @@ def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, T
     for name, place in places.items():
         origin = origins.get(name)
         if origin is None or id(origin) not in done:
-            value = changed[name] if name in changed else origin.detach().clone()
+            value = changed[name] if name in changed else origin.detach() if share else origin.detach().clone()
             if value.shape != place.shape:
                 raise InvalidInput(
                     f"{name} is of shape {tuple(value.shape)}, but its configuration says {tuple(place.shape)}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from effnn.base import InvalidInput
 from effnn.ltp.adapters import LayerParts
 
 
@@ -105,6 +106,11 @@ def sdpa_mask(attention_mask: Tensor | None) -> Tensor | None:
 
     Models pass None, a boolean or additive (B, 1, S or 1, S) tensor, or with flash attention the plain (B, S) mask.
     """
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise InvalidInput(
+            f"mask tuning cannot read a mask of type {type(attention_mask).__name__}: "
+            'call model.set_attn_implementation("sdpa") first'
+        )
     if attention_mask is not None and attention_mask.dim() == 2:
         return attention_mask.bool()[:, None, None, :]
     return attention_mask

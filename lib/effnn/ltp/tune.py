@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput
-from effnn.ltp.adapters import adapter_for, reads_first_token_only
+from effnn.ltp.adapters import adapter_for
 from effnn.ltp.fisher import LayerInput
 from effnn.ltp.least_squares import NormalEquations, Sums
 from effnn.ltp.masks import Masks, Shape
@@ -88,7 +88,7 @@ def tune_masks(
         for index, layer in enumerate(layers):
             parts = adapter.parts(layer)
             last = index == len(layers) - 1
-            run.tokens = 1 if last and reads_first_token_only(model) else None
+            run.tokens = 1 if last and adapter.reads_first_token_only(model) else None
             student = SlicedLayer.cut(parts, masks.heads[index], masks.filters[index])
             equations = run.attention(
                 SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0
@@ -187,7 +187,8 @@ class _Equations:
 
     def solve(self, layer: int, kind: str, solver: str) -> tuple[Tensor, LayerTuning]:
         """Scales to use, (units,) float32 on the CPU, ones if the solution is not accepted; and what was found."""
-        weight_products = self.fit.weight @ self.fit.weight.T
+        with torch.autocast(self.fit.weight.device.type, enabled=False):
+            weight_products = self.fit.weight @ self.fit.weight.T
         fit = NormalEquations.of(self.fit, weight_products, self.intercept)
         judge = NormalEquations.of(self.held, weight_products) if self.held.tokens else fit
         scale = fit.solve(solver)

@@ -46,7 +46,12 @@ def new_figure(
     width = width or (6.4 if ncols == 1 else 5.2)
     height = height or 4.2
     with plt.style.context(STYLE):
-        return plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), **options)
+        made = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), **options)
+        interactive = matplotlib.is_interactive()
+    # The first figure of a notebook switches interactive mode on; leaving the context would switch it off again, and
+    # no later figure would be shown.
+    matplotlib.interactive(interactive)
+    return made
 
 
 def draw_published(ax: Axes, x: object, y: object, label: str = "", **options: object) -> Line2D:
