@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from ltp_models import FAMILIES, QA_FAMILIES
+from test_ltp_tune import rows_of
 
 from effnn.base import InvalidInput
 from effnn.ltp import Masks, Shape, calibrate, masked
@@ -62,7 +63,7 @@ def test_nothing_is_left_on_the_model():
 
 def test_a_generator_of_batches_is_read_once_and_held_out_rows_add_up():
     model, batch = FAMILIES["distilbert"]()
-    found = calibrate(model, (dict(batch) for _ in range(7)), holdout=0.25)
+    found = calibrate(model, (rows for rows in rows_of(batch, 7)), holdout=0.25)
     assert found.rows == 35
     assert sum(item.held_out for item in found.inputs) == sum(len(b["labels"]) for b in found.held_out_batches) == 8
     assert found.mean_length == pytest.approx(batch["attention_mask"].sum(1).float().mean().item())
@@ -136,7 +137,7 @@ def test_batches_of_one_row_are_held_out_whole():
 def test_a_held_out_row_that_is_fitted_elsewhere_is_dropped_from_the_judgement():
     model, batch = FAMILIES["bert"]()
     assert not calibrate(model, [batch, batch], holdout=0.4).held_out_batches
-    other = batch | {"input_ids": batch["input_ids"].flip(0)}
+    other = {name: value.flip(0) for name, value in batch.items()}
     found = calibrate(model, [batch, other], holdout=0.2)
     assert not found.held_out_batches and not found.inputs[0].live[-1].any() and found.inputs[0].live[0].any()
 

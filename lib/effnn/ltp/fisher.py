@@ -214,7 +214,7 @@ class _KeptRows:
             live[repeated] = False  # a view into its LayerInput
             if fresh:
                 batches.append({name: value[fresh] for name, value in batch.items()})
-        if self.holdout and not batches:
+        if self.holdout and self.inputs and not batches:
             log.warning("no row could be held out: tuning is judged on the rows that it is fitted to")
         return self.inputs, batches
 
