@@ -34,6 +34,10 @@ from effnn.runner.inputs import mark_path
 QUIET_CELL = 20.0  # Seconds; where no bar can be drawn, only a cell that takes longer is worth a line.
 
 
+COMMITTED = ("laptop", "study")
+"""Profiles whose results are committed and answer claims; with --set they become `<profile>-set`."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One notebook with its checked parameters. why: the reason that it must run, empty when it need not."""
@@ -111,7 +115,7 @@ def run(jobs: list[Job], say: Callable[[str], None]) -> list[Outcome]:
             start = time.monotonic()
             try:
                 word, note = "done", _run_one(job, guard, say)
-            except NotebookFailed as error:
+            except (NotebookFailed, OSError) as error:  # a full disk must not stop the others either
                 word, note = "failed", str(error)
             except KeyboardInterrupt:
                 word, note = "interrupted", "start it again to continue from the caches"
@@ -152,6 +156,11 @@ def _job(
     parameters = resolve(notebook.stem, known, values, source) | from_text(notebook.stem, known, settings)
     if parameters.get("profile", profile) != profile:
         raise InvalidInput(f"--set profile={parameters['profile']}: the profile is chosen with --profile")
+    if settings and profile in COMMITTED and "profile" in known:
+        # results of other parameters than the profile's must not stand in for them, nor enter the ledger
+        profile = parameters["profile"] = f"{profile}-set"
+    if "interactive" in known and "interactive" not in settings:
+        parameters["interactive"] = False  # nobody moves a slider here
     threads = parameters.get("threads", known["threads"].default if "threads" in known else None)
     inputs = inputs_of(notebook, parameters, profile)
     job = Job(notebook, profile, parameters, threads, time_limit, inputs, "forced")

@@ -135,13 +135,15 @@ def given_rules(kind, held, direction, *measured, **more):
         ("<=1", "<=3", 1.5, (-1.0, 4.0), rules.DID_NOT_HOLD),
         ("<=1", "<=3", 5.0, (4.0, 6.0), rules.DID_NOT_HOLD),
         (">0", "", 0.5, (0.1, 0.9), rules.HELD),
-        (">0", "", 0.5, (-0.1, 1.1), rules.DID_NOT_HOLD),  # no weaker rule: nothing between
+        (">0", "", 0.5, (-0.1, 1.1), rules.IN_DIRECTION),  # the rule itself, on the mean only
+        (">0", "", -0.5, (-1.1, 0.1), rules.DID_NOT_HOLD),
         ("0.5..2", "0.1..10", 1.0, (0.6, 1.4), rules.HELD),
         ("0.5..2", "0.1..10", 1.0, (0.4, 1.6), rules.IN_DIRECTION),
         ("<=1", "<=3", 0.5, None, rules.IN_DIRECTION),  # too few samples for more
         ("<=1", "<=3", 2.0, None, rules.IN_DIRECTION),
         ("<=1", "<=3", 4.0, None, rules.DID_NOT_HOLD),
-        (">0", "", 0.5, None, rules.DID_NOT_HOLD),
+        (">0", "", 0.5, None, rules.IN_DIRECTION),
+        (">0", "", -0.5, None, rules.DID_NOT_HOLD),
     ],
 )
 def test_verdict_over_the_interval(held, direction, value, interval, word):
@@ -257,7 +259,7 @@ def test_verdicts_follow_the_results(home):
         "demo.loss": rules.IN_DIRECTION,
         "demo.exact": rules.HELD,
         "demo.study": rules.NO_RESULT,
-        "demo.strict": rules.DID_NOT_HOLD,
+        "demo.strict": rules.IN_DIRECTION,
         "demo.picture": rules.SEE_FIGURE,
         "later.thing": rules.NOT_BUILT,
     }
@@ -379,12 +381,12 @@ def test_bench_table_puts_the_bar_beside_the_median(home):
     (home / "notebooks" / "02_later.ipynb").write_text('{"cells": []}')
     measured = {"median": 1.25, "min": 1.2, "max": 1.4, "runs": [1.2, 1.25, 1.4], "unit": "ratio", "note": ""}
     keys = {"demo.speed": measured, "later.speed": measured}
-    (paths.RESULTS / "bench.json").write_text(json.dumps({"provenance": {}, "keys": keys}))
+    (paths.RESULTS / "bench.json").write_text(json.dumps(keys))
     assert tables.bench().state.tolist() == ["meets the bar", "misses the bar"]
     assert (
         "| `demo.speed` | <=1.5 | 1.25 [1.2, 1.4], 3 runs | meets the bar | ours over theirs |" in tables.bench_table()
     )
-    (paths.RESULTS / "bench.json").write_text('{"keys": {"demo.speed": {}}}')
+    (paths.RESULTS / "bench.json").write_text('{"demo.speed": {}}')
     with pytest.raises(InvalidInput, match="bench.json is damaged"):
         tables.bench()
 

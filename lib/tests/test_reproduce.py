@@ -72,7 +72,8 @@ def run(*arguments, profile="smoke"):
 
 
 def results(home, stem, profile="smoke"):
-    return json.loads((home / "results" / profile / stem / "results.json").read_text())
+    top = "data/cache" if profile == "smoke" else "results"
+    return json.loads((home / top / profile / stem / "results.json").read_text())
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def test_values_arrive_typed_and_an_unchanged_notebook_is_skipped(home, capfd):
     file.write_text("time_limit_minutes: 5\n01_a:\n  rate: 1e-4\n  threads: 2\n")
     arguments = ["--set", "sizes=(3, 4)", "--set", "quick=yes"]
     assert run(*arguments, profile="laptop") == 0
-    assert results(home, "01_a", "laptop") == {
-        "profile": "laptop",
+    assert results(home, "01_a", "laptop-set") == {
+        "profile": "laptop-set",
         "seed": 0,
         "rate": 1e-4,
         "quick": True,
@@ -218,15 +219,18 @@ def test_values_arrive_typed_and_an_unchanged_notebook_is_skipped(home, capfd):
     }
     printed = capfd.readouterr()
     assert "02_not_in_the_profile" not in printed.out and "TCP" not in printed.err
-    folder = home / "results/laptop/01_a"
+    folder = home / "results/laptop-set/01_a"
     assert sorted(path.name for path in folder.iterdir()) == ["01_a.ipynb", "results.json"]
     assert os.environ.get("OMP_NUM_THREADS") != "2"
 
     assert run(*arguments, profile="laptop") == 0
     assert "01_a: unchanged, skipped" in capfd.readouterr().out
     assert run("--force", "--set", "seed=1", profile="laptop") == 0
-    assert "running with laptop (forced)" in capfd.readouterr().out
-    assert results(home, "01_a", "laptop")["seed"] == 1
+    assert "running with laptop-set (forced)" in capfd.readouterr().out
+    assert results(home, "01_a", "laptop-set")["seed"] == 1
+    assert not (home / "results/laptop").exists()  # what was --set is not what the profile says
+    assert run(profile="laptop") == 0
+    assert results(home, "01_a", "laptop")["profile"] == "laptop"
 
 
 def test_what_makes_a_notebook_run_again(home):
@@ -251,7 +255,7 @@ def test_what_makes_a_notebook_run_again(home):
     assert {"effnn/cache.py", "effnn/paths.py"} <= set(reproduce.plan("smoke")[0].inputs)
     make_notebook(home, "01_a")
     assert why() == ""
-    folder, mark = home / "results/smoke/01_a", home / "data/cache/marks/smoke/01_a.json"
+    folder, mark = home / "data/cache/smoke/01_a", home / "data/cache/marks/smoke/01_a.json"
     for path, expected in [
         (folder / "01_a.ipynb", "its results are not there"),
         (folder / "results.json", "its results are not there"),
@@ -286,7 +290,7 @@ def test_a_failing_notebook_does_not_stop_the_others(home, capfd):
         ["04_writes_nothing", "done"],
     ]
     assert results(home, "03_works")["profile"] == "smoke"
-    assert not list((home / "results/smoke/01_fails").iterdir())  # no half of a result
+    assert not list((home / "data/cache/smoke/01_fails").iterdir())  # no half of a result
     assert "too few rows" in (home / "data/cache/failed/smoke/01_fails.ipynb").read_text()
     assert run() == 1
     printed = capfd.readouterr().out
@@ -351,13 +355,13 @@ def test_a_killed_runner_leaves_no_process_and_no_half_result_and_the_next_run_c
         assert runner.returncode == 130 and "02_slow  interrupted" in printed
         assert "Traceback" not in printed and "Task" not in printed
     wait_until(lambda: not any(is_alive(pid) for pid in pids.read_text().split()))
-    left = [path.name for path in (home / "results/smoke/02_slow").iterdir()]
+    left = [path.name for path in (home / "data/cache/smoke/02_slow").iterdir()]
     assert not [name for name in left if not name.startswith(".tmp-")]
 
     assert run() == 0
     printed = capfd.readouterr().out
     assert "01_a: unchanged" in printed and "02_slow: done" in printed
-    assert sorted(path.name for path in (home / "results/smoke/02_slow").iterdir()) == ["02_slow.ipynb", "results.json"]
+    assert sorted(path.name for path in (home / "data/cache/smoke/02_slow").iterdir()) == ["02_slow.ipynb", "results.json"]
 
 
 def test_the_kernel_is_the_running_interpreter(home, monkeypatch):

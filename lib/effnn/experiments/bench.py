@@ -84,8 +84,8 @@ def _store(key: str, measured: Measured, row: pd.Series, origin: dict[str, objec
         **asdict(measured),
         "provenance": origin,
     }
-    stored = content.get("keys", {}) | {key: entry}
-    write_json(path, {"provenance": origin, "keys": {name: stored[name] for name in sorted(stored)}})
+    stored = content | {key: entry}
+    write_json(path, {name: stored[name] for name in sorted(stored)})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -177,7 +177,7 @@ class ResultWriter:
 
 def folder(profile: str, notebook: str) -> Path:
     """Return where one notebook's result files live; those of the smoke profile live in the cache."""
-    return paths.CACHE / SMOKE / notebook if profile == SMOKE else paths.results_of(profile, notebook)
+    return paths.results_of(profile, notebook)
 
 
 def load(profile: str, notebook: str) -> Results | None:

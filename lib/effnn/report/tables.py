@@ -172,7 +172,7 @@ def _bench_results() -> dict[str, dict[str, object]]:
     if not path.is_file():
         return {}
     try:
-        keys = json.loads(path.read_text(encoding="utf-8"))["keys"]
+        keys = json.loads(path.read_text(encoding="utf-8"))
         for found in keys.values():
             _ = [float(found[name]) for name in ("median", "min", "max")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

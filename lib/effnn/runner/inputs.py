@@ -82,11 +82,20 @@ def stale_because(mark: dict | None, inputs: Mapping[str, str], results: Path, e
         return "not run here before"
     if not results.is_file() or not executed.is_file():
         return "its results are not there"
-    if _hash_file(results) != mark.get("results"):
+    if _hash_file(results) != mark.get("results") or not _files_stand(results):
         return "its results were changed since"
     before = mark["inputs"]
     changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
     return "" if not changed else f"changed: {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}"
+
+
+def _files_stand(results: Path) -> bool:
+    """Whether the tables and figures that the results file lists, with their sha256, are still those of that run."""
+    try:
+        listed = json.loads(results.read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+    return all(_hash_file(results.parent / name) == digest for name, digest in listed.items())
 
 
 def _imports(source: str, module: str) -> list[str]:
@@ -128,7 +137,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str) and ("/" in value or "\\" in value) and Path(value).exists()
+    return isinstance(value, str) and value not in ("", "builtin", "hub") and Path(value).expanduser().exists()
 
 
 def _label(path: Path) -> str:
