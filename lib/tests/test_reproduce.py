@@ -361,7 +361,10 @@ def test_a_killed_runner_leaves_no_process_and_no_half_result_and_the_next_run_c
     assert run() == 0
     printed = capfd.readouterr().out
     assert "01_a: unchanged" in printed and "02_slow: done" in printed
-    assert sorted(path.name for path in (home / "data/cache/smoke/02_slow").iterdir()) == ["02_slow.ipynb", "results.json"]
+    assert sorted(path.name for path in (home / "data/cache/smoke/02_slow").iterdir()) == [
+        "02_slow.ipynb",
+        "results.json",
+    ]
 
 
 def test_the_kernel_is_the_running_interpreter(home, monkeypatch):

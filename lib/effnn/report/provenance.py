@@ -28,17 +28,19 @@ def gather(
     seeds: Iterable[int] = (),
     started: datetime | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    git: tuple[str, bool | None] | None = None,
 ) -> dict[str, object]:
     """Return the provenance of what is being written now, ready for JSON.
 
     started: UTC time at which the work began; `duration_s` counts from there. fingerprints: data set -> sha256.
+    git: `git_state` as it was when the work began; None takes it now.
     Keys: profile, parameters, seeds, versions, cpu, cores, threads, accelerator, platform, git_commit, git_dirty,
     start, duration_s, fingerprints.
     """
     now = datetime.now(UTC)
     started = started or now
     parameters = {str(name): plain(value) for name, value in (parameters or {}).items()}
-    commit, dirty = git_state(paths.HOME)
+    commit, dirty = git or git_state(paths.HOME)
     return {
         "profile": profile,
         "parameters": parameters,
@@ -83,14 +85,16 @@ def cpu_model() -> str:
 def git_state(home: Path) -> tuple[str, bool | None]:
     """Return the commit checked out in `home`, and whether tracked files outside results/ differ from it.
 
-    ("unknown", None) where git is missing or `home` is not the top of a repository. Result files do not count as a
-    difference: writing them is what a run does.
+    ("unknown", None) where git is missing or `home` is not the top of a repository. Result files and README.md (its
+    tables) do not count as a difference: writing them is what a run does.
     """
     top = _git(home, "rev-parse", "--show-toplevel")
     if top is None or Path(top.strip()).resolve() != home.resolve():
         return UNKNOWN, None
     commit = _git(home, "rev-parse", "HEAD")
-    status = _git(home, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+    status = _git(
+        home, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results", ":(exclude)README.md"
+    )
     return (commit or UNKNOWN).strip(), None if status is None else bool(status.strip())
 
 

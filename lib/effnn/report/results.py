@@ -83,7 +83,7 @@ class ResultWriter:
         self._figures: dict[str, FigureEntry] = {}
         self._fingerprints: dict[str, str] = {}
         self._parameters, self._seeds = dict(parameters or {}), list(seeds)
-        self._started = datetime.now(UTC)
+        self._started, self._git = datetime.now(UTC), provenance.git_state(paths.HOME)
 
     def value(
         self,
@@ -135,7 +135,9 @@ class ResultWriter:
 
     def provenance(self) -> dict[str, object]:
         """Return the provenance as of now; see `effnn.report.provenance.gather` for its keys."""
-        return provenance.gather(self.profile, self._parameters, self._seeds, self._started, self._fingerprints)
+        return provenance.gather(
+            self.profile, self._parameters, self._seeds, self._started, self._fingerprints, self._git
+        )
 
     def finish(self) -> Path:
         """Write all files, results.json last, remove what only the former run had, and return results.json's path.
