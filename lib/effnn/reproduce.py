@@ -24,7 +24,6 @@ from effnn.runner import (
     from_text,
     inputs_of,
     load_profile,
-    name_of_run,
     read_mark,
     resolve,
     stale_because,
@@ -33,6 +32,10 @@ from effnn.runner import (
 from effnn.runner.inputs import mark_path
 
 QUIET_CELL = 20.0  # Seconds; where no bar can be drawn, only a cell that takes longer is worth a line.
+
+
+COMMITTED = ("laptop", "study")
+"""Profiles whose results are committed and answer claims; with --set they become `<profile>-set`."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
     except EffnnError as error:
         print(f"nothing was run: {error}", file=sys.stderr)
         return 2
-    if jobs[0].profile != options.profile:
-        _say(f"--set: results go to results/{jobs[0].profile}, apart from the committed ones; the ledger ignores them")
     outcomes = run(jobs, _say)
     _say(_summary(outcomes))
     if any(outcome.word == "interrupted" for outcome in outcomes):
@@ -155,14 +156,10 @@ def _job(
     parameters = resolve(notebook.stem, known, values, source) | from_text(notebook.stem, known, settings)
     if parameters.get("profile", profile) != profile:
         raise InvalidInput(f"--set profile={parameters['profile']}: the profile is chosen with --profile")
-    run_profile = name_of_run(profile, settings)
-    if run_profile != profile:
-        if "profile" not in known:
-            raise InvalidInput(
-                f"{notebook.name} has no parameter 'profile', so --set could overwrite committed results"
-            )
-        profile = parameters["profile"] = run_profile
-    if "interactive" in known and known["interactive"].annotation == "bool" and "interactive" not in settings:
+    if settings and profile in COMMITTED and "profile" in known:
+        # results of other parameters than the profile's must not stand in for them, nor enter the ledger
+        profile = parameters["profile"] = f"{profile}-set"
+    if "interactive" in known and "interactive" not in settings:
         parameters["interactive"] = False  # nobody moves a slider here
     threads = parameters.get("threads", known["threads"].default if "threads" in known else None)
     inputs = inputs_of(notebook, parameters, profile)

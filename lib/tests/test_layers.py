@@ -1,8 +1,5 @@
 """Who may import whom (docs: the table below), and that the library prints nothing. Rooms not built yet are in it too.
 
-A method's room knows base alone, so that it can be lifted out. comm, data and report know base and, since each of them
-has files of its own to find and slow steps to keep, effnn.paths and effnn.cache; they never know each other.
-
 The checker reads the syntax tree, so an import inside a function counts; it is itself tested on a tree with planted
 violations.
 """

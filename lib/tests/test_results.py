@@ -12,7 +12,7 @@ from scipy import stats
 
 from effnn import paths
 from effnn.base import InvalidInput
-from effnn.report import ResultWriter, load, new_figure, provenance, published, results
+from effnn.report import ResultWriter, load, new_figure, provenance, published
 from effnn.report.values import interval
 
 
@@ -42,14 +42,14 @@ def test_what_is_written_is_read_back(home):
         "curve.svg",
         "results.json",
     ]
-    found = load("laptop", NOTEBOOK)
-    value = found.values["demo.loss"]
+    results = load("laptop", NOTEBOOK)
+    value = results.values["demo.loss"]
     low, high = stats.ttest_1samp([0.4, 0.6, 0.5], 0).confidence_interval(0.95)
     assert value.value == pytest.approx(0.5)
     assert value.interval == pytest.approx((low, high))
-    assert found.table("accuracy").accuracy.tolist() == [0.71, 0.75]
-    assert found.figures["curve"].claims == ("demo.loss",)
-    origin = found.provenance
+    assert results.table("accuracy").accuracy.tolist() == [0.71, 0.75]
+    assert results.figures["curve"].claims == ("demo.loss",)
+    origin = results.provenance
     assert origin["parameters"] == {"threads": 1, "budgets": [0.5, 0.6]}
     assert origin["seeds"] == [0, 1] and origin["threads"] == 1 and origin["cores"] >= 1
     assert origin["fingerprints"] == {"docstrings": "ab" * 32}
@@ -223,42 +223,17 @@ def test_git_state(tmp_path):
         )
 
     git("init")
-    for name in ("code.py", "README.md", "results/value.json"):
+    for name in ("code.py", "results/value.json"):
         (home / name).write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
     commit, dirty = provenance.git_state(home)
     assert len(commit) == 40 and dirty is False
     (home / "results/value.json").write_text("2")
-    (home / "README.md").write_text("2")
     assert provenance.git_state(home) == (commit, False)  # results are what a run writes
     (home / "code.py").write_text("2")
     assert provenance.git_state(home) == (commit, True)
     assert provenance.git_state(home / "results") == ("unknown", None)  # inside, not the top: another's repository
-
-
-def test_the_commit_is_that_of_the_start(home, monkeypatch):
-    state = ["a" * 40, False]
-    monkeypatch.setattr(provenance, "git_state", lambda _: tuple(state))
-    writer = write()
-    state[:] = ["b" * 40, True]  # someone commits and edits while it runs
-    writer.finish()
-    origin = load("laptop", NOTEBOOK).provenance
-    assert (origin["git_commit"], origin["git_dirty"]) == ("a" * 40, False)
-
-
-@pytest.mark.parametrize(
-    ("profile", "expected"),
-    [
-        ("laptop", "make reproduce NOTEBOOK=01"),
-        ("study", "make study"),
-        ("sst2", "make reproduce NOTEBOOK=01 PROFILE=sst2"),
-        ("laptop-set", 'make reproduce NOTEBOOK=01 ARGS="--set ..."'),
-        ("study-set", 'make study ARGS="--set ..."'),
-    ],
-)
-def test_the_command_that_makes_a_result(profile, expected):
-    assert results.command(profile, NOTEBOOK) == expected
 
 
 def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
-"""What every room may use: errors, atomic writes, digests, seeds, one timer. Standard library and torch only."""
+"""What every room may use: errors, atomic writes, seeds and threads, and one timer. Standard library and torch only."""
 
 from effnn.base.atomic import atomic_path, write_json, write_text
-from effnn.base.digest import digest
 from effnn.base.errors import EffnnError, InvalidInput, NotAvailable
 from effnn.base.memory import PeakMemory
 from effnn.base.seeds import seed_everything, threads
@@ -14,7 +13,6 @@ __all__ = [
     "PeakMemory",
     "Timing",
     "atomic_path",
-    "digest",
     "interleave",
     "seed_everything",
     "threads",

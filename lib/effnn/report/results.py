@@ -5,6 +5,7 @@ the former results as they were. results.json lists every file with its sha256, 
 `load`. The smoke profile writes under data/cache/smoke and never touches what is committed.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -19,12 +20,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from effnn import paths
-from effnn.base import InvalidInput, atomic_path, digest, write_json
+from effnn.base import InvalidInput, atomic_path, write_json
 from effnn.report import figures, provenance
 from effnn.report.values import Value, finite, interval, read_value
 
 log = logging.getLogger(__name__)
 
+SMOKE = "smoke"
 FILE = "results.json"
 _NOTEBOOK = re.compile(r"\d\d_[a-z0-9_]+")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -68,14 +70,14 @@ class ResultWriter:
     def __init__(
         self,
         notebook: str,
-        profile: str = "smoke",
+        profile: str = SMOKE,
         parameters: Mapping[str, object] | None = None,
         seeds: Iterable[int] = (),
     ):
         if not _NOTEBOOK.fullmatch(notebook):
             raise InvalidInput(f"notebook {notebook!r}: expected its file name without .ipynb, e.g. '01_some_name'")
         self.notebook, self.profile = notebook, _name("profile", profile)
-        self.folder = paths.results_of(profile, notebook)
+        self.folder = folder(profile, notebook)
         self.values: dict[str, Value] = {}
         self._files: dict[str, bytes] = {}
         self._figures: dict[str, FigureEntry] = {}
@@ -154,7 +156,7 @@ class ResultWriter:
             "profile": self.profile,
             "values": {key: asdict(value) for key, value in self.values.items()},
             "figures": {name: asdict(entry) for name, entry in self._figures.items()},
-            "files": {name: digest(content) for name, content in sorted(self._files.items())},
+            "files": {name: _sha256(content) for name, content in sorted(self._files.items())},
             "provenance": origin,
         }
         write_json(target, record)
@@ -175,13 +177,18 @@ class ResultWriter:
         return self.folder / name
 
 
+def folder(profile: str, notebook: str) -> Path:
+    """Return where one notebook's result files live; those of the smoke profile live in the cache."""
+    return paths.results_of(profile, notebook)
+
+
 def load(profile: str, notebook: str) -> Results | None:
     """Return the results of a finished run, or None where there is none.
 
     Raises InvalidInput for a results.json that is damaged, belongs to another profile or notebook, or does not fit the
     files beside it (a run killed while it wrote); the message names the file and the way out.
     """
-    place = paths.results_of(profile, notebook)
+    place = folder(profile, notebook)
     path = place / FILE
     if not path.is_file():
         return None
@@ -196,10 +203,10 @@ def load(profile: str, notebook: str) -> Results | None:
         raise InvalidInput(f"{path} is not a result file ({type(error).__name__}: {error}); {advice}") from error
     if owner != (profile, notebook, profile):
         raise InvalidInput(f"{path} holds results of {owner[0]}/{owner[1]}, not of {profile}/{notebook}; {advice}")
-    for name, expected in files.items():
+    for name, digest in files.items():
         if not (place / name).is_file():
             raise InvalidInput(f"{path} names {name}, which is missing; {advice}")
-        if digest((place / name).read_bytes()) != expected:
+        if _sha256((place / name).read_bytes()) != digest:
             raise InvalidInput(f"{place / name} is not the file that {FILE} describes (an interrupted run?); {advice}")
     tables = tuple(name.removesuffix(".csv") for name in files if name.endswith(".csv"))
     return Results(notebook, profile, place, values, entries, tables, origin)
@@ -207,8 +214,6 @@ def load(profile: str, notebook: str) -> Results | None:
 
 def command(profile: str, notebook: str) -> str:
     """Return the command that makes these results."""
-    if profile.endswith("-set"):  # made by --set, see `effnn.reproduce`
-        return command(profile.removesuffix("-set"), notebook) + ' ARGS="--set ..."'
     if profile == "study":
         return "make study"
     return f"make reproduce NOTEBOOK={notebook[:2]}" + ("" if profile == "laptop" else f" PROFILE={profile}")
@@ -220,6 +225,11 @@ def _former(place: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _sha256(content: bytes) -> str:
+    # Git may check text out with other line ends; that is no other result.
+    return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
 
 
 def _name(what: str, name: str) -> str:

@@ -14,7 +14,7 @@ from effnn import paths
 from effnn.base import InvalidInput, write_json, write_text
 from effnn.report import markers, rules
 from effnn.report.claims import Entry, data_notes, ledger, notebook_of, rows
-from effnn.report.results import FILE
+from effnn.report.results import FILE, folder
 from effnn.report.rules import Rule, number, span_text
 
 log = logging.getLogger(__name__)
@@ -197,5 +197,5 @@ def _verdict(entry: Entry) -> str:
 
 def _place(entry: Entry) -> str:
     """The result folder as it is called in the repository."""
-    place: Path = paths.results_of(entry.answered_by, entry.notebook)
+    place: Path = folder(entry.answered_by, entry.notebook)
     return f"results/{place.relative_to(paths.RESULTS).as_posix()}"

@@ -3,7 +3,7 @@
 from effnn.runner.inputs import inputs_of, read_mark, stale_because, write_mark
 from effnn.runner.kernel import Guard, NotebookFailed, execute
 from effnn.runner.parameters import Parameter, declared, from_text, resolve
-from effnn.runner.profiles import Profile, load_profile, name_of_run
+from effnn.runner.profiles import Profile, load_profile
 
 __all__ = [
     "Guard",
@@ -15,7 +15,6 @@ __all__ = [
     "from_text",
     "inputs_of",
     "load_profile",
-    "name_of_run",
     "read_mark",
     "resolve",
     "stale_because",

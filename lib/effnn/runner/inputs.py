@@ -16,7 +16,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import effnn
 from effnn import paths
-from effnn.base import digest, write_json
+from effnn.base import write_json
 
 PACKAGE = Path(effnn.__file__).parent
 LOCKS = ("requirements.lock", "requirements-ccl.lock")
@@ -38,8 +38,7 @@ def inputs_of(notebook: Path, parameters: Mapping[str, object], profile: str) ->
         files += sorted(path for path in paths.results_of("study", notebook.stem).glob("*.*") if _is_result(path))
     files += library_files(cell.source for cell in cells if cell.cell_type == "code")
     inputs |= {_label(path): _hash_file(path) for path in files}
-    given = [value for name, value in parameters.items() if name != "profile" and _is_path(value)]
-    inputs |= {f"data at {value}": _hash_folder(Path(value).expanduser()) for value in given}
+    inputs |= {f"data at {value}": _hash_folder(Path(value)) for value in parameters.values() if _is_path(value)}
     return inputs
 
 
@@ -91,12 +90,12 @@ def stale_because(mark: dict | None, inputs: Mapping[str, str], results: Path, e
 
 
 def _files_stand(results: Path) -> bool:
-    """Whether the tables and figures that the results file lists, with their digests, are still those of that run."""
+    """Whether the tables and figures that the results file lists, with their sha256, are still those of that run."""
     try:
-        listed = json.loads(results.read_text(encoding="utf-8"))["files"]
-        return all(digest((results.parent / name).read_bytes()) == expected for name, expected in listed.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = json.loads(results.read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError, AttributeError):
         return False
+    return all(_hash_file(results.parent / name) == digest for name, digest in listed.items())
 
 
 def _imports(source: str, module: str) -> list[str]:
@@ -138,13 +137,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _is_path(value: object) -> bool:
-    """Whether a value names something on the disk; the words that say "no path" never do, whatever lies there."""
-    if not isinstance(value, str) or value in ("", "builtin", "hub"):
-        return False
-    try:
-        return Path(value).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, no such user's home, a NUL
-        return False
+    return isinstance(value, str) and value not in ("", "builtin", "hub") and Path(value).expanduser().exists()
 
 
 def _label(path: Path) -> str:

@@ -104,7 +104,6 @@ def execute(
 
     timer = threading.Timer(time_limit, stop, [out_of_time]) if time_limit else None
     with (
-        _never_lost(interrupted),
         tempfile.TemporaryDirectory(prefix="effnn-", ignore_cleanup_errors=True) as folder,
         _openmp_threads(threads),
         _on_interrupt(lambda: stop(interrupted)),
@@ -126,6 +125,8 @@ def execute(
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(f"cell {error.cell_index}: {error.ename}: {error.evalue}") from None
         except (DeadKernelError, RuntimeError) as error:
+            if interrupted.is_set():
+                raise KeyboardInterrupt from None
             if out_of_time.is_set():
                 raise NotebookFailed(f"stopped at the time limit of {time_limit:g} s") from None
             reason = "its kernel died" if isinstance(error, DeadKernelError) else "its kernel did not start"
@@ -183,16 +184,6 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _never_lost(interrupted: threading.Event) -> Iterator[None]:
-    """A request to stop ends in KeyboardInterrupt whatever the notebook made of it, even if its last cell had ended."""
-    try:
-        yield
-    finally:
-        if interrupted.is_set():
-            raise KeyboardInterrupt from None
 
 
 @contextmanager

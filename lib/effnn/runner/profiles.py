@@ -10,7 +10,6 @@ from effnn import paths
 from effnn.base import InvalidInput
 
 SMOKE = "smoke"
-COMMITTED = ("laptop", "study")  # their results are kept in git and answer the claims of the ledger
 LIMIT = "time_limit_minutes"
 
 
@@ -56,14 +55,6 @@ def load_profile(name: str, notebooks: list[str]) -> Profile:
         if values.setdefault("profile", name) != name:
             raise InvalidInput(f"{path.name}: under '{notebook}' profile must be '{name}'; got {values['profile']!r}")
     return Profile(name, content, None if minutes is None else 60.0 * minutes, path.name)
-
-
-def name_of_run(profile: str, settings: Mapping[str, str]) -> str:
-    """Return the profile name that a run's results get: `<profile>-set` where --set changes a committed profile.
-
-    Results of other parameters than the profile's must not stand in for them, nor enter the ledger.
-    """
-    return f"{profile}-set" if settings and profile in COMMITTED else profile
 
 
 def _read(path: Path) -> dict[str, object]:
