@@ -135,11 +135,15 @@ def main(arguments: list[str] | None = None) -> int:
     except EffnnError as error:
         print(f"nothing was run: {error}", file=sys.stderr)
         return 2
-    outcomes = run(jobs, _say)
-    _say(_summary(outcomes))
-    if any(outcome.word == "interrupted" for outcome in outcomes):
+    try:
+        outcomes = run(jobs, _say)
+        _say(_summary(outcomes))
+        if any(outcome.word == "interrupted" for outcome in outcomes):
+            return 130
+        reported = options.no_report or _rebuild_reports()
+    except KeyboardInterrupt:  # between two notebooks, or while the reports are made
+        print("interrupted; start it again to continue", file=sys.stderr)
         return 130
-    reported = options.no_report or _rebuild_reports()
     return 0 if reported and all(outcome.word in ("done", "unchanged") for outcome in outcomes) else 1
 
 

@@ -1,4 +1,4 @@
-"""Settings that hold for every test: no network, one thread, and a cache of the test session's own."""
+"""Settings that hold for every test: no network and one thread. A test that fills the cache gives it a folder."""
 
 import os
 

@@ -17,9 +17,9 @@ from effnn.report import (
     claims,
     ledger,
     markers,
+    results,
     rules,
     tables,
-    verdict,
     verdict_table,
     write_claims,
 )
@@ -185,24 +185,51 @@ def test_held_is_never_said_unless_the_rule_is_true_throughout(held, direction, 
 # the rows of the project
 
 
-def test_each_claim_has_a_notebook_number_and_a_result_key():
+def test_the_rows_are_those_of_the_talk_and_every_method_has_some():
     found = claims.rows()
-    assert len(found) > 30
-    for claim in found:
-        assert claim.notebook.isdigit() and len(claim.notebook) == 2
-        ResultWriter("01_any").value(claim.id, 1.0)  # an id that is no valid key is refused here
-    assert "00" in {claim.notebook for claim in found}
+    methods = {claim.id.partition(".")[0] for claim in found}
+    assert {"ltp", "tokens", "staged", "tasc", "dqrm", "comm"} <= methods
+    assert len({claim.id for claim in found}) == len(found) > 30
 
 
-def test_each_claim_of_the_project_gets_a_word_and_a_reason():
-    for entry in ledger():
-        assert entry.verdict.word in rules.WORDS and entry.verdict.reason
-        if entry.notebook is None:
-            assert entry.verdict.word == rules.NOT_BUILT
-        elif entry.result is not None:
-            value = entry.result
-            again = verdict(entry.claim, value.value, value.interval, value.samples, value.note)
-            assert entry.verdict.word == again.word and entry.provenance["profile"] in claims.PROFILES
+def test_a_notebook_that_exists_has_recorded_every_claim_that_it_answers():
+    built = {path.stem[:2]: path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")}
+    assert "01" in built
+    for claim in claims.rows():
+        if claim.notebook in built and claim.profile == "laptop" and claim.kind not in ("figure", "table"):
+            recorded = results.load("laptop", built[claim.notebook])
+            assert recorded is not None and claim.id in recorded.values, claim.id
+
+
+def test_the_committed_ledger_is_the_one_that_the_committed_results_give():
+    """Verdicts, values and intervals; `make claims` writes the files again."""
+    listed = json.loads((paths.RESULTS / "claims.json").read_text(encoding="utf-8"))
+    found = ledger()
+    assert [row["id"] for row in listed] == [entry.claim.id for entry in found]
+    for row, entry in zip(listed, found, strict=True):
+        assert (row["verdict"], row["reason"]) == (entry.verdict.word, entry.verdict.reason), row["id"]
+        assert row["value"] == (entry.result.value if entry.result else None), row["id"]
+
+
+def test_the_ledger_agrees_with_the_rules_taken_one_by_one():
+    """Plain arithmetic on the samples that results.json holds: mean, t interval, comparison."""
+    from scipy.stats import t as student
+
+    compare = {"<=": lambda x, y: x <= y, ">=": lambda x, y: x >= y}
+    seen = 0
+    for row in json.loads((paths.RESULTS / "claims.json").read_text(encoding="utf-8")):
+        samples = row["samples"]
+        if len(samples) < 3 or row["held"][:2] not in compare or row["verdict"] in (rules.NOT_BUILT, rules.NO_RESULT):
+            continue
+        middle = sum(samples) / len(samples)
+        error = math.sqrt(sum((x - middle) ** 2 for x in samples) / (len(samples) - 1) / len(samples))
+        half = student.ppf(0.975, len(samples) - 1) * error
+        throughout = all(compare[row["held"][:2]](middle + sign * half, float(row["held"][2:])) for sign in (-1, 1))
+        assert row["value"] == pytest.approx(middle)
+        assert row["spread"] == pytest.approx([middle - half, middle + half])
+        assert (row["verdict"] == rules.HELD) == throughout, row["id"]
+        seen += 1
+    assert seen >= 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from jupyter_client.kernelspec import find_kernel_specs
 
@@ -301,6 +303,7 @@ CHILD = """\
 import pathlib, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
 import os
+import re
 pathlib.Path("{pids}").write_text(f"{{os.getpid()}} {{child.pid}}")
 import time; time.sleep(600)"""
 
@@ -365,6 +368,49 @@ def test_a_killed_runner_leaves_no_process_and_no_half_result_and_the_next_run_c
         "02_slow.ipynb",
         "results.json",
     ]
+
+
+@needs_proc
+def test_an_interrupt_after_the_last_cell_is_not_lost(home, monkeypatch, capsys):
+    make_notebook(home, "01_a")
+    make_notebook(home, "02_b")
+    whole = papermill.execute_notebook
+
+    def and_then_ctrl_c(*arguments, **options):
+        whole(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(papermill, "execute_notebook", and_then_ctrl_c)
+    assert run() == 130
+    printed = capsys.readouterr().out
+    assert re.search(r"01_a +interrupted", printed) and re.search(r"02_b +not reached", printed)
+    monkeypatch.undo()
+
+
+def test_an_interrupt_between_notebooks_is_no_traceback(home, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    make_notebook(home, "01_a")
+    monkeypatch.setattr(reproduce, "run", interrupted)
+    assert run() == 130
+    assert "start it again" in capsys.readouterr().err
+
+
+def test_a_result_file_that_was_altered_or_deleted_is_made_again(home):
+    table = (
+        "from effnn.report import ResultWriter\nimport pandas\n"
+        "w = ResultWriter('01_a', profile)\nw.table('t', pandas.DataFrame({'x': [1]}))\nw.finish()"
+    )
+    make_notebook(home, "01_a", table, result=False)
+    assert run() == 0 and reproduce.plan("smoke")[0].why == ""
+    path = home / "data/cache/smoke/01_a/t.csv"
+    written = path.read_bytes()
+    for damage in (lambda: path.write_bytes(written + b"2\n"), path.unlink):
+        damage()
+        assert reproduce.plan("smoke")[0].why == "its results were changed since"
+        assert run() == 0 and path.read_bytes() == written
 
 
 def test_the_kernel_is_the_running_interpreter(home, monkeypatch):

@@ -5,7 +5,6 @@ on one core. A finished model is cached; an unfinished one goes on from its last
 """
 
 import dataclasses
-import inspect
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from effnn import cache, paths
+from effnn import cache
 from effnn.base import InvalidInput, NotAvailable, atomic_path, threads
 from effnn.data import encoding
 from effnn.data.encoding import EncodedTask, encode, encode_split, loader
@@ -133,7 +132,9 @@ def train_classifier(task: TextTask, config: ClassifierConfig | None = None, dev
     if config.checkpoint:
         return _load_checkpoint(task, config, device)
     tokenizer = _tokenizer(task, config)
-    value = cache.remember("classifier", *_entry(task, config, tokenizer, device))
+    key, code = _key(task, config, tokenizer, device)
+    partial = cache.entry("classifier", key, code).with_suffix(".partial.pt")
+    value = cache.remember("classifier", key, lambda: _train(task, config, tokenizer, device, partial), code)
     model = build_model(task, config, tokenizer)
     model.load_state_dict(value["state"])
     curve = tuple(accuracy.accuracy for accuracy in value["curve"])
@@ -227,8 +228,8 @@ def _tokenizer(task: TextTask, config: ClassifierConfig) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _entry(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple:
-    """Key, computation and code of the cached value: what `cache.remember` takes."""
+def _key(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple:
+    """What a training depends on, and the code that does it: how `effnn.cache` knows it."""
     key = {
         "data": task.fingerprint,
         "tokenizer": fingerprint(tokenizer),
@@ -237,10 +238,7 @@ def _entry(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokeni
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    code = [sys.modules[__name__], training, encoding]
-    digest = joblib.hash([key, [inspect.getsource(item) for item in code]])
-    partial = paths.CACHE / "classifier" / f"{digest}.partial.pt"
-    return key, lambda: _train(task, config, tokenizer, device, partial), code
+    return key, [sys.modules[__name__], training, encoding]
 
 
 def _train(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str, partial: Path):
@@ -292,22 +290,9 @@ def _read(path: Path) -> Progress | None:
         return None
 
 
-class _Missing(Exception):
-    pass
-
-
 def _is_cached(task: TextTask, config: ClassifierConfig) -> bool:
-    def missing() -> None:
-        raise _Missing
-
-    if config.checkpoint:
-        return True
-    key, _, code = _entry(task, config, _tokenizer(task, config), "cpu")
-    try:
-        cache.remember("classifier", key, missing, code)
-    except _Missing:
-        return False
-    return True
+    key, code = _key(task, config, _tokenizer(task, config), "cpu")
+    return bool(config.checkpoint) or cache.entry("classifier", key, code).exists()
 
 
 def _train_and_cache(task: TextTask, config: ClassifierConfig) -> None:

@@ -137,6 +137,8 @@ def execute(
             _kill(running)
             for group in running:
                 guard.forget(group)
+    if interrupted.is_set():  # it came after the last cell: the notebook is whole, but the user wants to stop
+        raise KeyboardInterrupt
 
 
 def _manager(folder: Path, started: Callable[[int], None]) -> type[AsyncKernelManager]:
