@@ -92,6 +92,28 @@ def test_labels_from_the_model_need_no_labels_and_follow_the_seed():
     assert any(not torch.equal(draws[0], other) for other in draws[2:])
 
 
+def test_labels_drawn_from_the_model_are_those_that_the_held_out_loss_is_taken_on():
+    model, batch = FAMILIES["electra"]()
+    batches = [{k: v for k, v in one.items() if k != "labels"} for one in rows_of(batch, 8)]
+    found = calibrate(model, batches, labels="model", holdout=0.3)
+    assert found.held_out_batches and all("labels" in one for one in found.held_out_batches)
+    assert found.chance_loss is not None
+    with torch.no_grad():
+        model.classifier.out_proj.weight.mul_(100)  # a model that is sure of itself draws what it predicts
+    for one in calibrate(model, batches, labels="model", holdout=0.3).held_out_batches:
+        logits = model(**{k: v for k, v in one.items() if k != "labels"}).logits
+        sure = logits.softmax(-1).max(-1).values > 0.999
+        assert torch.equal(logits.argmax(-1)[sure], one["labels"][sure])
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_labels_cannot_be_drawn_from_every_head(problem):
+    model, batch = FAMILIES["bert"]() if problem else QA_FAMILIES["bert"]()
+    model.config.problem_type = problem
+    with pytest.raises(InvalidInput, match="chooses one of"):
+        calibrate(model, [batch], labels="model")
+
+
 def test_bf16_autocast_stays_close():
     model, batch = FAMILIES["bert"]()
     exact, half = calibrate(model, [batch]), calibrate(model, [batch], autocast=torch.bfloat16)

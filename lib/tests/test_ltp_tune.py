@@ -198,6 +198,22 @@ def test_cached_contexts_change_nothing():
         torch.testing.assert_close(results[0].filters, other.filters)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.05)])
+def test_states_that_wait_elsewhere_change_nothing_but_their_precision(dtype, tolerance):
+    model, batch = FAMILIES["bert"]()
+    batches, shape = rows_of(batch, 12), Shape.of(model)
+    masks, teacher = uneven_masks(shape), Masks.ones(shape)
+    plain, layers = tune_masks(model, calibrate(model, batches).inputs, masks, teacher)
+    waiting = calibrate(model, batches, offload=dtype).inputs
+    assert {batch.states.dtype for batch in waiting} == {dtype}
+    other, others = tune_masks(model, waiting, masks, teacher, offload=dtype)
+    assert any(layer.accepted for layer in layers)
+    for a, b in ((plain.heads, other.heads), (plain.filters, other.filters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    if tolerance == 0:
+        assert layers == others
+
+
 def test_tuning_brings_the_pruned_model_nearer_to_its_teacher():
     """Not only layer by layer: the encoder's output on rows that tuning never saw."""
     model, batch = FAMILIES["roberta"]()

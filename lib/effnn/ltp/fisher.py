@@ -36,8 +36,9 @@ NEAR_CHANCE = 0.9
 class LayerInput:
     """What one mini-batch gives the first layer, and which of its rows and tokens count.
 
-    states: (B, S, d). attention_mask: as the model passes it to its layers (None where there is nothing to mask).
-    live: (B, S) bool, False at padding. held_out: the number of rows, at the end of the batch, kept out of tuning.
+    states: (B, S, d), on the CPU where they were offloaded. attention_mask: as the model passes it to its layers (None
+    where there is nothing to mask). live: (B, S) bool, False at padding. held_out: the number of rows, at
+    the end of the batch, kept out of tuning.
     """
 
     states: Tensor
@@ -85,6 +86,7 @@ def calibrate(
     holdout: float = 0.1,
     keep_inputs: bool = True,
     autocast: torch.dtype | None = None,
+    offload: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     on_batch=lambda: None,
 ) -> Calibration:
@@ -93,6 +95,7 @@ def calibrate(
     loader: mini-batches of model inputs with labels (`labels`, or `start_positions` and `end_positions`), read once, in
     its own order. labels: "data" takes them from the loader (empirical Fisher); "model" draws them from the model's own
     prediction (true Fisher, no labels needed; classification only). autocast: torch.bfloat16 runs the forward in it.
+    offload: what enters the first layer waits on the CPU in this dtype.
     Raises InvalidInput for a model in training mode, an empty loader, missing labels, a loss that is not finite.
     """
     if any(module.training for module in model.modules()):
@@ -117,7 +120,7 @@ def calibrate(
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             collected.start()
             with torch.enable_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                loss = _loss(model, batch, labels, generator)
+                loss, batch = _loss(model, batch, labels, generator)
             states, mask = collected.first_layer_input
             counted = counted_rows(batch, states.shape[1])
             if counted == 0:
@@ -137,6 +140,7 @@ def calibrate(
             losses.append(loss.item())
             chance.add(batch, live)
             tokens, rows = tokens + int(live.sum()), rows + len(states)
+            states = states if offload is None else states.to("cpu", offload)
             kept.add(batch, states if keep_inputs else None, mask, live)
             on_batch()
     if not losses:
@@ -320,16 +324,19 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _loss(model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generator: torch.Generator | None) -> Tensor:
-    """The model's own mean loss over the batch."""
+def _loss(
+    model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generator: torch.Generator | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model's own mean loss over the batch, and the batch with the labels that it was taken on."""
     if labels == "model":
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
-        output = model(**inputs)
-        if getattr(output, "logits", None) is None or output.logits.shape[-1] < 2:
-            raise InvalidInput('labels="model" needs a classification head with at least two classes')
-        chances = output.logits.detach().float().softmax(-1)
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).squeeze(1).to(output.logits.device)
-        return nn.functional.cross_entropy(output.logits.float(), drawn)
+        batch = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
+        logits = getattr(model(**batch), "logits", None)
+        several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+        if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or several:
+            raise InvalidInput('labels="model" needs a classification head that chooses one of at least two classes')
+        chances = logits.detach().float().softmax(-1)
+        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), drawn), batch | {"labels": drawn}
     output = model(**batch)
     loss = getattr(output, "loss", None)
     if loss is None:
@@ -338,7 +345,7 @@ def _loss(model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generat
             'expected "labels" for classification or "start_positions" and "end_positions" for question answering. '
             'Without labels, pass labels="model"'
         )
-    return loss.float()
+    return loss.float(), batch
 
 
 def _live_tokens(batch: dict[str, Tensor], states: Tensor) -> Tensor:

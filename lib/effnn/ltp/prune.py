@@ -137,6 +137,7 @@ def prune(
     round_to: int = 1,
     table: LatencyTable | None = None,
     autocast: torch.dtype | None = None,
+    offload: torch.dtype | None = None,
     measure_memory: bool = False,
     progress: bool = True,
     seed: int = 0,
@@ -149,7 +150,9 @@ def prune(
     fisher: "batch" squares gradients of mini-batch means (the paper's code), "sample" those of single rows.
     labels: "data", or "model" to draw them from the model itself. holdout: share of the rows that tuning is judged on
     instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to
-    use again. autocast: torch.bfloat16 runs the forward passes in it. seed: of labels="model" only.
+    use again. autocast: torch.bfloat16 runs the forward passes in it. offload: hidden states of the calibration
+    rows wait on the CPU in this dtype, for a GPU too small to hold them (torch.float32, or torch.bfloat16 at half the
+    memory). seed: of labels="model" only.
 
     Raises InvalidInput for: an unsupported architecture, a model in training mode, an empty loader, missing labels, a
     loss that is not finite, a budget that nothing fits. Warns when the calibration loss is near that of a constant.
@@ -180,17 +183,18 @@ def prune(
             holdout=holdout if tune else 0.0,
             keep_inputs=tune,
             autocast=autocast,
+            offload=offload,
             generator=torch.Generator().manual_seed(seed),
             on_batch=bar.update,
         )
         budget = _Budget(shape, target, calibration, table, round_to)
-        dense_loss = _held_out_loss(model, calibration, labels)
+        dense_loss = _held_out_loss(model, calibration)
         stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
 
         bar.set_description("search")
         kept = {"search": budget.search(target)}
         teacher = budget.search(target.relaxed()) if tune else None
-        loss = _held_out_loss(model, calibration, labels, kept["search"])
+        loss = _held_out_loss(model, calibration, kept["search"])
         stages.append(_stage("search", clock, budget, kept["search"], loss))
 
         if rearrange:
@@ -200,7 +204,7 @@ def prune(
                 rearrange_mask(calibration.head_gradients, searched.heads),
                 rearrange_mask(calibration.filter_gradients, searched.filters),
             )
-            loss = _held_out_loss(model, calibration, labels, kept["rearrange"])
+            loss = _held_out_loss(model, calibration, kept["rearrange"])
             stages.append(_stage("rearrange", clock, budget, kept["rearrange"], loss))
 
         layers, accepted = [], None
@@ -208,9 +212,16 @@ def prune(
             bar.set_description("tune")
             before = list(kept.values())[-1]
             tuned, layers = tune_masks(
-                model, calibration.inputs, before, teacher, solver=solver, autocast=autocast, on_step=bar.update
+                model,
+                calibration.inputs,
+                before,
+                teacher,
+                solver=solver,
+                autocast=autocast,
+                offload=offload,
+                on_step=bar.update,
             )
-            tuned_loss = _held_out_loss(model, calibration, labels, tuned)
+            tuned_loss = _held_out_loss(model, calibration, tuned)
             accepted = tuned_loss is None or tuned_loss <= loss
             if not accepted:
                 log.warning("tuned scales raise the held-out loss from %.4f to %.4f and are dropped", loss, tuned_loss)
@@ -267,12 +278,8 @@ def _stage(name: str, clock: _Clock, budget: _Budget, masks: Masks, loss: float 
     return Stage(name, clock.read(), ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
 
 
-def _held_out_loss(
-    model: PreTrainedModel, calibration: Calibration, labels: str, masks: Masks | None = None
-) -> float | None:
-    """Mean loss over the held-out rows of the model as shrunk by `masks`; None without such rows or without labels."""
-    if labels == "model":
-        return None
+def _held_out_loss(model: PreTrainedModel, calibration: Calibration, masks: Masks | None = None) -> float | None:
+    """Mean loss over the held-out rows of the model as shrunk by `masks`; None without such rows."""
     small = model if masks is None else shrink(model, masks, share=True)
     total = rows = 0.0
     with torch.no_grad():

@@ -62,13 +62,16 @@ def tune_masks(
     solver: str = "ridge",
     autocast: torch.dtype | None = None,
     max_cached_bytes: int = 256 << 20,
+    offload: torch.dtype | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Masks, list[LayerTuning]]:
     """Masks of the same structure with tuned scales, and what was done layer by layer.
 
     inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
     at the square root of the budget. max_cached_bytes: attention contexts up to this size are kept between steps 1 and
-    2, others are computed twice. on_step is called after each half of a layer.
+    2, others are computed twice. offload: hidden states of teacher and student wait on the CPU in this dtype
+    while other rows are worked on (float32: nothing is lost; bfloat16: half the memory). on_step
+    is called after each half of a layer.
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
@@ -81,8 +84,8 @@ def tune_masks(
     teacher.check(shape)
     tuned = Masks(masks.heads.clone(), masks.filters.clone())
     done: list[LayerTuning] = []
-    device = inputs[0].states.device
-    run = _Run([_Rows(batch) for batch in inputs], max_cached_bytes)
+    device, dtype = model.device, model.dtype
+    run = _Run([_Rows(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
     inputs.clear()
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index, layer in enumerate(layers):
@@ -112,13 +115,39 @@ def tune_masks(
 
 
 class _Rows:
-    """Hidden states of one mini-batch on their way through the layers, teacher's and student's."""
+    """Hidden states of one mini-batch on their way through the layers, teacher's and student's.
 
-    def __init__(self, batch: LayerInput):
-        self.teacher = self.student = batch.states
+    Setting them puts them where they wait, reading them brings them back to the model's device and dtype.
+    """
+
+    def __init__(self, batch: LayerInput, device: torch.device, dtype: torch.dtype, offload: torch.dtype | None):
+        self.device, self.dtype, self.offload = device, dtype, offload
         self.attention_mask, self.live = batch.attention_mask, batch.live
         self.fit_rows = len(batch.states) - batch.held_out
         self.context: Tensor | None = None
+        self._teacher = self._student = batch.states
+
+    @property
+    def teacher(self) -> Tensor:
+        return self._working(self._teacher)
+
+    @teacher.setter
+    def teacher(self, states: Tensor) -> None:
+        self._teacher = self._waiting(states)
+
+    @property
+    def student(self) -> Tensor:
+        return self._working(self._student)
+
+    @student.setter
+    def student(self, states: Tensor) -> None:
+        self._student = self._waiting(states)
+
+    def _waiting(self, states: Tensor) -> Tensor:
+        return states if self.offload is None else states.to("cpu", self.offload)
+
+    def _working(self, states: Tensor) -> Tensor:
+        return states if self.offload is None else states.to(self.device, self.dtype)
 
     def add(self, equations: "_Equations", inputs: Tensor, target: Tensor, tokens: int | None) -> None:
         """Add the live tokens of (B, S, n) and (B, S, d) to the sums of the fitted and of the held-out rows."""
@@ -144,14 +173,15 @@ class _Run:
         equations = _Equations(student.out[0], student.parts.head_size, intercept=True) if solve else None
         cached = 0
         for batch in self.batches:
-            states = batch.teacher[:, : self.tokens]
-            context = teacher.context(batch.teacher, batch.attention_mask, self.tokens)
-            attention_sum = teacher.attention_sum(states, context)
+            states = batch.teacher
+            context = teacher.context(states, batch.attention_mask, self.tokens)
+            attention_sum = teacher.attention_sum(states[:, : self.tokens], context)
             middle = teacher.middle(attention_sum)
             batch.teacher = teacher.ffn_sum(middle, teacher.activation(middle))
             if equations is not None:
-                context = student.context(batch.student, batch.attention_mask, self.tokens)
-                target = _minus_bias(attention_sum - batch.student[:, : self.tokens], student.out[1])
+                states = batch.student
+                context = student.context(states, batch.attention_mask, self.tokens)
+                target = _minus_bias(attention_sum - states[:, : self.tokens], student.out[1])
                 batch.add(equations, context, target, self.tokens)
                 cached += context.nbytes
                 batch.context = context if cached <= self.max_cached_bytes else None
@@ -161,20 +191,21 @@ class _Run:
         """Step 2. Leaves what enters the student's FFN in `batch.student`; the filters' equations, if any are kept."""
         equations = _Equations(student.fc2[0], block=1, intercept=False) if student.filters else None
         for batch in self.batches:
-            context = batch.context
+            states, context = batch.student, batch.context
             if context is None:
-                context = student.context(batch.student, batch.attention_mask, self.tokens)
-            batch.student = student.middle(student.attention_sum(batch.student[:, : self.tokens], context))
-            batch.context = None
+                context = student.context(states, batch.attention_mask, self.tokens)
+            middle = student.middle(student.attention_sum(states[:, : self.tokens], context))
+            batch.student, batch.context = middle, None
             if equations is not None:
-                target = _minus_bias(batch.teacher - batch.student, student.fc2[1])
-                batch.add(equations, student.activation(batch.student), target, self.tokens)
+                target = _minus_bias(batch.teacher - middle, student.fc2[1])
+                batch.add(equations, student.activation(middle), target, self.tokens)
         return equations
 
     def advance(self, student: SlicedLayer) -> None:
         """Step 3. Teacher and student move on to what enters the next layer."""
         for batch in self.batches:
-            batch.student = student.next_states(student.ffn_sum(batch.student, student.activation(batch.student)))
+            middle = batch.student
+            batch.student = student.next_states(student.ffn_sum(middle, student.activation(middle)))
             batch.teacher = student.next_states(batch.teacher)
 
 
