@@ -2,7 +2,7 @@
 
 from effnn.base.atomic import atomic_path, write_json, write_text
 from effnn.base.errors import EffnnError, InvalidInput, NotAvailable
-from effnn.base.memory import PeakMemory
+from effnn.base.memory import PeakMemory, release_free_memory
 from effnn.base.seeds import seed_everything, threads
 from effnn.base.timer import Timing, interleave
 
@@ -14,6 +14,7 @@ __all__ = [
     "Timing",
     "atomic_path",
     "interleave",
+    "release_free_memory",
     "seed_everything",
     "threads",
     "write_json",

@@ -27,7 +27,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
-        _give_free_pages_back()
+        release_free_memory()
         self._start = _resident_bytes()
         if self._start is not None:
             self._highest, self._stop = self._start, threading.Event()
@@ -56,8 +56,11 @@ def _resident_bytes() -> int | None:
         return None
 
 
-def _give_free_pages_back() -> None:
-    """Ask glibc to return freed memory, so that the level at entry is what is really in use."""
+def release_free_memory() -> None:
+    """Ask the C library (glibc) to return freed memory to the system: what is resident is then what is in use.
+
+    Loops that allocate and free large tensors otherwise grow by fragments; elsewhere than on glibc nothing happens.
+    """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

@@ -176,7 +176,9 @@ def _compute_one(task: TextTask, trained: TrainedClassifier, budget: float, seed
     config = trained.config
     dev, validation = (encode_split(s, trained.tokenizer, config.max_length) for s in (task.dev, task.validation))
     tries = [prune_checkpoint(task, config, budget, seed, sweep, **o) for o in PRUNER_TRIALS[: sweep.trials]]
-    trial = _best([_score(ltp.shrink(trained.model, one.stages["tune"]), validation) for one in tries])
+    trial = 0
+    if len(tries) > 1:
+        trial = _best([_score(ltp.shrink(trained.model, one.stages["tune"]), validation) for one in tries])
     pruned = tries[trial]
     model, report = trained.model, pruned.report
     cost = ltp.MacCost(ltp.Shape.of(model), report["seq_len"])
@@ -370,7 +372,7 @@ def latency_target(
         )
         for ratio in ratios:
             rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
-            target = ltp.Latency(ratio, batch, seq_len, repeats=3 * rounds)
+            target = ltp.Latency(ratio, batch, seq_len, repeats=2 * rounds)
             result = ltp.prune(trained.model, rows, target, table=table, progress=False)
             small = result.materialize()
             check, final = result.report.latency, result.report.stages[-1]

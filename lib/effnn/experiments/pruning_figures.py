@@ -80,6 +80,8 @@ def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
     ax.axhline(dense, color="black", lw=1.4, label=f"dense ({dense:.1f})")
     for (name, value), style in zip(baselines.items(), (":", "-."), strict=False):
         ax.axhline(100 * value, color="0.45", lw=1.2, ls=style, label=f"{name} ({100 * value:.1f})")
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, 0), min(high, 100))  # an interval of three values may reach beyond what an accuracy can be
     ax.set(xlabel="MACs kept (percent of dense)", ylabel="dev accuracy (percent)", title="Accuracy against compute")
     legend_outside(ax)
     return fig

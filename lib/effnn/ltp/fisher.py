@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, release_free_memory
 from effnn.ltp.adapters import Adapter, adapter_for
 from effnn.ltp.masks import Shape
 
@@ -30,6 +30,10 @@ IGNORED = -100
 
 NEAR_CHANCE = 0.9
 """A calibration loss above this share of a constant predictor's loss is reported as a model that was not fine-tuned."""
+
+
+LARGE = 64 << 20
+"""Bytes of hidden states of one mini-batch, all layers together, from which freed memory is returned at once."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ def calibrate(
             tokens, rows = tokens + int(live.sum()), rows + len(states)
             states = states if offload is None else states.to("cpu", offload)
             kept.add(batch, states if keep_inputs else None, mask, live)
+            del loss
+            if device.type == "cpu" and states.nbytes * shape.layers >= LARGE:
+                release_free_memory()  # so that the peak stays that of one mini-batch
             on_batch()
     if not losses:
         raise InvalidInput(
