@@ -1,6 +1,7 @@
 """What notebook 01 runs: baselines, samples of the claims, tables and figures, and the benchmark runner."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -165,6 +166,18 @@ def test_jobs_run_in_processes_and_keep_their_order():
     assert pool.run_jobs(_square, [], "none") == []
     with pytest.raises(InvalidInput, match="negative"):
         pool.run_jobs(_square, [(1,), (-1,)], "squares", workers=2)
+
+
+def _bar_is_silent(_):
+    from tqdm.auto import tqdm
+
+    return tqdm([]).disable
+
+
+def test_only_the_parent_shows_a_bar():
+    before = os.environ.get("TQDM_DISABLE")
+    assert pool.run_jobs(_bar_is_silent, [(1,), (2,)], "jobs", workers=2) == [True, True]
+    assert os.environ.get("TQDM_DISABLE") == before
 
 
 class TestBench:

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,8 @@ def run_jobs(
     """Return [function(*job) for job in jobs], run in at most `workers` processes of `threads` torch threads each.
 
     workers: None for as many as the cores hold; with one worker or one job everything runs in this process. function
-    and its arguments must be picklable. The first error of a job is raised here and ends the others.
+    and its arguments must be picklable. One bar counts the jobs that are done; bars within the processes are silent,
+    as they would be written over each other. The first error of a job is raised here; jobs that wait do not start.
     """
     workers = min(len(jobs), workers or max(1, cores() // threads))
     with tqdm(total=len(jobs), desc=label, leave=False) as bar:
@@ -40,7 +42,8 @@ def run_jobs(
                 bar.update()
             return results
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start, (os.getpid(), threads)) as pool:
+        silent = _environment("TQDM_DISABLE", "1")
+        with silent, ProcessPoolExecutor(workers, context, _start, (os.getpid(), threads)) as pool:
             waiting = [pool.submit(function, *job) for job in jobs]
             try:
                 for done in as_completed(waiting):
@@ -50,6 +53,19 @@ def run_jobs(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             return [future.result() for future in waiting]
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable that the processes started inside the block inherit."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _start(parent: int, threads: int) -> None:
