@@ -61,13 +61,17 @@ def _draw_scales(ax: Axes, mask: Tensor, title: str) -> AxesImage:
 
 
 def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
-    """Dev accuracy against the share of MACs, mean and 95 % interval over seeds; retraining as points.
+    """Dev accuracy against the share of MACs, mean over seeds; retraining as points.
 
-    baselines: name -> accuracy of horizontal lines (bag of words, majority).
+    Bands are 95 % intervals. The competitors' runs scatter too widely for a band: each is a small dot. baselines: name -> accuracy of horizontal lines (bag of words, majority).
     """
     fig, ax = new_figure(width=7.6, height=4.8)
     for method, (label, color) in METHODS.items():
         x, mean, low, high = _curve(frame[frame.method == method])
+        if method in ("magnitude", "random"):
+            runs = frame[frame.method == method]
+            ax.scatter(100 * runs.budget, 100 * runs.accuracy, s=14, color=color, alpha=0.45, lw=0, zorder=2)
+            low = high = mean
         band(ax, x, mean, low, high, label, color)
     retrain = frame[frame.method == "retrain"]
     if len(retrain):
@@ -80,8 +84,8 @@ def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
     ax.axhline(dense, color="black", lw=1.4, label=f"dense ({dense:.1f})")
     for (name, value), style in zip(baselines.items(), (":", "-."), strict=False):
         ax.axhline(100 * value, color="0.45", lw=1.2, ls=style, label=f"{name} ({100 * value:.1f})")
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, 0), min(high, 100))  # an interval of three values may reach beyond what an accuracy can be
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(max(bottom, 0), min(top, 100))  # an interval of three values may reach beyond what an accuracy can be
     ax.set(xlabel="MACs kept (percent of dense)", ylabel="dev accuracy (percent)", title="Accuracy against compute")
     legend_outside(ax)
     return fig
