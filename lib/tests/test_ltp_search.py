@@ -4,7 +4,7 @@ import numpy as np
 import plain_ltp
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from effnn import paths
@@ -62,6 +62,7 @@ def test_the_whole_budget_keeps_everything_and_a_tiny_one_nothing(parity):
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=0, ratio=0.5, seq_len=2.8)  # a budget that is met exactly, where a quotient rounds down
 @given(seed=st.integers(0, 10_000), ratio=st.floats(0.05, 0.95), seq_len=st.floats(1, 64))
 def test_search_is_exact_for_a_diagonal_fisher(seed, ratio, seq_len):
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +99,7 @@ def test_an_infeasible_minimum_names_the_smallest_feasible_ratio():
     with pytest.raises(InvalidInput, match="smallest feasible ratio is 0.5") as caught:
         search_macs(torch.ones(4, 4), torch.ones(4, 512), COST, Macs(0.2, min_heads=2, min_filters=256))
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
-    search_macs(torch.ones(4, 4), torch.ones(4, 512), COST, Macs(smallest + 1e-4, min_heads=2, min_filters=256))
+    search_macs(torch.ones(4, 4), torch.ones(4, 512), COST, Macs(smallest, min_heads=2, min_filters=256))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ class Sweep:
     threads: int = 1
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.trials <= len(PRUNER_TRIALS):
+            raise InvalidInput(f"trials={self.trials}: there are 1 to {len(PRUNER_TRIALS)} settings to try")
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -149,10 +153,10 @@ def run_sweep(task: TextTask, listed: list[tuple[ClassifierConfig, float, int]],
 
 
 def prune_checkpoint(
-    task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep, **options
+    task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep, trial: int = 0
 ) -> Pruned:
-    """Prune one trained checkpoint to a share of its MACs; cached."""
-
+    """Prune one trained checkpoint to a share of its MACs, with the options of one trial; cached."""
+    options = PRUNER_TRIALS[trial]
     trained = _trained(task, config, sweep)
 
     def compute() -> Pruned:
@@ -165,6 +169,19 @@ def prune_checkpoint(
     return cache.remember("pruned", key, compute, _code())
 
 
+def chosen(
+    frame: pd.DataFrame, task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep
+) -> Pruned:
+    """The pruning whose accuracy the sweep's `frame` reports: that of the trial which validation chose.
+
+    A budget that is not in the sweep gets the first trial's options.
+    """
+    rows = frame[(frame.method == "tune") & (frame.family == config.family) & (frame.seed == config.seed)]
+    rows = rows[(rows.budget == budget) & (rows.calibration_seed == seed)]
+    trial = int(rows.trial.iloc[0]) if len(rows) else 0
+    return prune_checkpoint(task, config, budget, seed, sweep, trial)
+
+
 def _one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, sweep: Sweep) -> list[dict]:
     """All rows of one checkpoint, budget and calibration seed; cached."""
     trained = _trained(task, config, sweep)
@@ -175,7 +192,7 @@ def _one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, swe
 def _compute_one(task: TextTask, trained: TrainedClassifier, budget: float, seed: int, sweep: Sweep) -> list[dict]:
     config = trained.config
     dev, validation = (encode_split(s, trained.tokenizer, config.max_length) for s in (task.dev, task.validation))
-    tries = [prune_checkpoint(task, config, budget, seed, sweep, **o) for o in PRUNER_TRIALS[: sweep.trials]]
+    tries = [prune_checkpoint(task, config, budget, seed, sweep, trial) for trial in range(sweep.trials)]
     trial = 0
     if len(tries) > 1:
         trial = _best([_score(ltp.shrink(trained.model, one.stages["tune"]), validation) for one in tries])
@@ -307,6 +324,15 @@ def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, tabl
     return pd.DataFrame(listed)
 
 
+def budget_note(kept: pd.DataFrame, targets: pd.DataFrame) -> str:
+    """What the share of kept budgets means: latency is the table's prediction; beside it what was measured."""
+    measured = ", ".join(f"{row.measured:.3f} for {row.budget:g}" for row in targets.itertuples())
+    return (
+        f"MACs counted; latency as the table predicts it, {int(kept.refused.sum())} budgets refused as impossible; "
+        f"measured on the assembled model: {measured} of the dense latency"
+    )
+
+
 def latency_curves(
     trained: TrainedClassifier, masks: dict[float, ltp.Masks], batch: int, seq_len: int, rounds: int, count: int = 1
 ) -> pd.DataFrame:
@@ -346,7 +372,13 @@ def latency_curves(
 
 
 def speedups(
-    task: TextTask, checkpoints: list[TrainedClassifier], budget: float, seed: int, sweep: Sweep, *timing: int
+    frame: pd.DataFrame,
+    task: TextTask,
+    checkpoints: list[TrainedClassifier],
+    budget: float,
+    seed: int,
+    sweep: Sweep,
+    *timing: int,
 ) -> list[float]:
     """Dense latency / shrunk latency at one budget, one number for each checkpoint of the first family.
 
@@ -354,7 +386,7 @@ def speedups(
     """
     found = []
     for trained in (c for c in checkpoints if c.config.family == checkpoints[0].config.family):
-        masks = prune_checkpoint(task, trained.config, budget, seed, sweep).stages["tune"]
+        masks = chosen(frame, task, trained.config, budget, seed, sweep).stages["tune"]
         found.append(float(latency_curves(trained, {budget: masks}, *timing, sweep.threads).speedup[0]))
     return found
 
@@ -431,6 +463,15 @@ def time_table(frame: pd.DataFrame, published: pd.DataFrame, epochs: int) -> pd.
         if len(seconds):
             table.loc[len(table)] = [name, count, seconds.median() / 3600, "measured here"]
     return table.assign(seconds=table.hours * 3600)
+
+
+def epoch_note(table: pd.DataFrame) -> str:
+    """How one epoch of the retraining compares with the pruning, from `time_table`."""
+    here = table[table.source == "measured here"].set_index("epochs").seconds
+    if 0 not in here or len(here) < 2:
+        return "no retraining ran: no ratio"
+    epochs = float(here.index.max())
+    return f"one epoch of retraining takes {here[epochs] / epochs / here[0]:.1f} times as long as pruning"
 
 
 def _measured(method: str, found, ratio: float) -> dict:

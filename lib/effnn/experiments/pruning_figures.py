@@ -63,7 +63,8 @@ def _draw_scales(ax: Axes, mask: Tensor, title: str) -> AxesImage:
 def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
     """Dev accuracy against the share of MACs, mean over seeds; retraining as points.
 
-    Bands are 95 % intervals. The competitors' runs scatter too widely for a band: each is a small dot. baselines: name -> accuracy of horizontal lines (bag of words, majority).
+    Bands are 95 % intervals. The competitors' runs scatter too widely for a band: each is a small dot.
+    baselines: name -> accuracy of horizontal lines (bag of words, majority).
     """
     fig, ax = new_figure(width=7.6, height=4.8)
     for method, (label, color) in METHODS.items():

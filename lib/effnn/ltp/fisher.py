@@ -126,7 +126,7 @@ def calibrate(
             with torch.enable_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 loss, batch = _loss(model, batch, labels, generator)
             states, mask = collected.first_layer_input
-            counted = counted_rows(batch, states.shape[1])
+            counted = counted_rows(batch)
             if counted == 0:
                 log.warning("calibration batch %d is left out: all of its labels are to be ignored", index)
                 continue
@@ -177,10 +177,11 @@ def calibrate(
     return result
 
 
-def counted_rows(batch: Mapping[str, Tensor], length: int) -> int:
+def counted_rows(batch: Mapping[str, Tensor]) -> int:
     """Rows of the batch that its mean loss counts: not those labelled -100, nor answers outside the window."""
     if "start_positions" in batch:
-        return int((batch["start_positions"] < length).sum())
+        window = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+        return int((batch["start_positions"] < window.shape[1]).sum())
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point() or labels.dim() != 1:
         return len(next(iter(batch.values())))

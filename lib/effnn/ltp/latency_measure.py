@@ -30,16 +30,18 @@ def compare_latency(
     device: object = None,
     repeats: int = 9,
     warmup: int = 2,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Timing]:
     """Seconds of whole forward passes of several models, interleaved: name -> `effnn.base.Timing`.
 
     Text encoders get random token ids without padding, vision encoders random pixels; four such inputs take turns.
     device: where the models run (None: where the first one is); a model that is elsewhere is copied there.
+    dtype: what they run in (None: each in its own).
     """
     if not models:
         raise InvalidInput("compare_latency: expected at least one model")
     device = check_device(device) or next(iter(models.values())).device
-    placed = {name: placed_copy(model, device, None) for name, model in models.items()}
+    placed = {name: placed_copy(model, device, dtype) for name, model in models.items()}
 
     def forward(model: PreTrainedModel) -> Callable[[], object]:
         inputs = itertools.cycle(random_inputs(model, batch, seq_len))

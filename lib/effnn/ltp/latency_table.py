@@ -158,13 +158,17 @@ class LatencyTable:
         """Ms predicted for the dense model of `layers` layers: what ratios refer to."""
         return self.predict_counts([len(self.head_ms) - 1] * layers, [len(self.filter_ms) - 1] * layers)
 
-    def check(self, target: Latency) -> None:
-        """InvalidInput if the table was measured for other inputs, another device type or dtype than the target's."""
+    def check(self, target: Latency, model: PreTrainedModel | None = None) -> None:
+        """InvalidInput if the table was measured for other inputs, another device type or dtype than the target's.
+
+        What the target leaves open is the model's, where one is given.
+        """
         wanted = {"batch": target.batch, "seq_len": target.seq_len}
-        if target.device is not None:
-            wanted["device"] = torch.device(target.device).type
-        if target.dtype is not None:
-            wanted["dtype"] = str(target.torch_dtype()).removeprefix("torch.")
+        device, dtype = target.device or (model and model.device), target.torch_dtype() or (model and model.dtype)
+        if device is not None:
+            wanted["device"] = torch.device(device).type
+        if dtype is not None:
+            wanted["dtype"] = str(dtype).removeprefix("torch.")
         for name, value in wanted.items():
             if getattr(self, name) not in (None, value):
                 raise InvalidInput(

@@ -105,16 +105,20 @@ def search_macs(
         heads, filters = heads.by_layer(), filters.by_layer()
     budget = target.ratio * cost.total - heads.base_cost - filters.base_cost
     if budget < 0:
-        smallest = (heads.base_cost + filters.base_cost) / cost.total
+        least = heads.base_cost + filters.base_cost
+        smallest = math.ceil(1e4 * least / cost.total) / 1e4  # rounded up, so that the ratio that is named can be met
+        smallest += 1e-4 if smallest * cost.total < least else 0
         raise InvalidInput(
             f"the minimum of {target.min_heads} heads and {target.min_filters} filters a layer needs {smallest:.4f} of "
             f"the MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
         )
     n_heads = torch.arange(len(heads.order) + 1, dtype=torch.float64)
     rest = budget - n_heads * heads.cost
-    n_filters = (rest / filters.cost).floor().clamp(max=len(filters.order))
-    # the division may round up to the next whole number; a budget is a budget
-    n_filters -= (n_heads * heads.cost + n_filters * filters.cost > budget).double()
+    # the division may round either way past a whole number: start one above, and step down while it is too much
+    n_filters = ((rest / filters.cost).floor() + 1).clamp(max=len(filters.order))
+    for _ in range(2):
+        spent = heads.base_cost + filters.base_cost + n_heads * heads.cost + n_filters * filters.cost
+        n_filters -= (spent / cost.total > target.ratio).double()
     feasible = (rest >= 0) & (n_filters >= 0)
     score = heads.prefix_sum[n_heads.long()] + filters.prefix_sum[n_filters.clamp(min=0).long()]
     best = int(torch.where(feasible, score, -torch.inf).argmax())

@@ -166,7 +166,7 @@ def prune(
     if isinstance(target, Latency):
         # before the calibration, so that a device that is not here is found at once
         table = table or LatencyTable.measure(model, target, progress=progress)
-        table.check(target)
+        table.check(target, model)
     memory = PeakMemory(next(model.parameters()).device)
     batches = _length(calibration_loader)
     total = None if batches is None else batches + 2 * shape.layers * tune
@@ -284,7 +284,7 @@ def _held_out_loss(model: PreTrainedModel, calibration: Calibration, masks: Mask
     total = rows = 0.0
     with torch.no_grad():
         for batch in calibration.held_out_batches:
-            if counted := counted_rows(batch, next(iter(batch.values())).shape[1]):
+            if counted := counted_rows(batch):
                 total += float(small(**batch).loss) * counted
                 rows += counted
     return total / rows if rows else None
@@ -292,7 +292,9 @@ def _held_out_loss(model: PreTrainedModel, calibration: Calibration, masks: Mask
 
 def _check_latency(model: PreTrainedModel, masks: Masks, target: Latency, table: LatencyTable) -> LatencyCheck:
     models = {"dense": model, "pruned": shrink(model, masks)}
-    times = compare_latency(models, target.batch, target.seq_len, target.device, target.repeats)
+    times = compare_latency(
+        models, target.batch, target.seq_len, target.device, target.repeats, dtype=target.torch_dtype()
+    )
     return LatencyCheck(
         dense_predicted=table.predict(Masks.ones(Shape.of(model))),
         dense_measured=1e3 * times["dense"].median,

@@ -5,6 +5,7 @@ nothing loads, goes first from the old content and comes last in the new one. Wh
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from effnn.base import InvalidInput
 
 CONFIG = "config.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 @contextmanager
@@ -31,8 +33,9 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
             (target / CONFIG).unlink(missing_ok=True)
         # a loader prefers one weight file to several: those of an earlier save must not outlive it
         if any(name.endswith(".safetensors") for name in names):
-            for old in target.glob("model*.safetensors*"):
-                old.unlink()
+            for old in target.iterdir():
+                if WEIGHTS.fullmatch(old.name):
+                    old.unlink()
         for name in names:
             os.replace(temporary / name, target / name)
     finally:

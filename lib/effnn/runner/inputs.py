@@ -38,7 +38,9 @@ def inputs_of(notebook: Path, parameters: Mapping[str, object], profile: str) ->
         files += sorted(path for path in paths.results_of("study", notebook.stem).glob("*.*") if _is_result(path))
     files += library_files(cell.source for cell in cells if cell.cell_type == "code")
     inputs |= {_label(path): _hash_file(path) for path in files}
-    inputs |= {f"data at {value}": _hash_folder(Path(value)) for value in parameters.values() if _is_path(value)}
+    inputs |= {
+        f"data at {value}": _hash_folder(Path(value).expanduser()) for value in parameters.values() if _is_path(value)
+    }
     return inputs
 
 

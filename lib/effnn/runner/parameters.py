@@ -45,10 +45,12 @@ def declared(notebook: Path) -> dict[str, Parameter]:
     Raises InvalidInput unless exactly one cell is tagged `parameters`, each of its lines is `name: type = literal`
     with a plain type, and papermill reads the same names from it.
     """
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except Exception as error:  # whatever nbformat raises for a half-saved file or merge markers
+        raise InvalidInput(f"{notebook.name} is no readable notebook ({type(error).__name__}): restore it") from None
     cells = [
-        cell
-        for cell in nbformat.read(notebook, as_version=4).cells
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
+        cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
     ]
     if len(cells) != 1:
         raise InvalidInput(f"{notebook.name}: {len(cells)} cells are tagged 'parameters'; exactly one is wanted")
