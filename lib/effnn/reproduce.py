@@ -114,7 +114,7 @@ def run(jobs: list[Job], say: Callable[[str], None]) -> list[Outcome]:
             say(f"{place}: running with {job.profile} ({job.why})")
             start = time.monotonic()
             try:
-                word, note = "done", _run_one(job, guard, say)
+                word, note = "done", _run_one(job, guard, say) or f"results in {_place(job.folder)}"
             except (NotebookFailed, OSError) as error:  # a full disk must not stop the others either
                 word, note = "failed", str(error)
             except KeyboardInterrupt:
@@ -205,6 +205,11 @@ def _run_one(job: Job, guard: Guard, say: Callable[[str], None]) -> str:
         return "it wrote no results.json, so it will run again next time"
     write_mark(job.profile, job.notebook.stem, job.inputs, job.results)
     return ""
+
+
+def _place(folder: Path) -> str:
+    """A folder as it is called in the repository."""
+    return folder.relative_to(paths.HOME).as_posix() if folder.is_relative_to(paths.HOME) else str(folder)
 
 
 def _cell_reporter(notebook: str, say: Callable[[str], None]) -> Callable[..., None]:

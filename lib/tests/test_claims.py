@@ -209,6 +209,10 @@ def test_the_committed_ledger_is_the_one_that_the_committed_results_give():
     for row, entry in zip(listed, found, strict=True):
         assert (row["verdict"], row["reason"]) == (entry.verdict.word, entry.verdict.reason), row["id"]
         assert row["value"] == (entry.result.value if entry.result else None), row["id"]
+    assert (paths.RESULTS / "CLAIMS.md").read_text(encoding="utf-8") == tables.claims_markdown(found)
+    readme = (paths.HOME / "README.md").read_text(encoding="utf-8")
+    assert markers.fill(readme, "claims", tables.readme_table(found)) == readme
+    assert markers.fill(readme, "bench", tables.bench_table()) == readme
 
 
 def test_the_ledger_agrees_with_the_rules_taken_one_by_one():
@@ -413,6 +417,11 @@ def test_bench_table_puts_the_bar_beside_the_median(home):
     assert (
         "| `demo.speed` | <=1.5 | 1.25 [1.2, 1.4], 3 runs | meets the bar | ours over theirs |" in tables.bench_table()
     )
+    for share, state in ((0.9, "meets the bar"), (1.01, "misses the bar")):
+        bounded = measured | {"details": {"peak_over_bound": share, "peak_bytes": 5.0}}
+        (paths.RESULTS / "bench.json").write_text(json.dumps({"demo.speed": bounded}))
+        assert tables.bench().state[0] == state
+        assert f"3 runs; peak over bound {share} | {state}" in tables.bench_table()
     (paths.RESULTS / "bench.json").write_text('{"demo.speed": {}}')
     with pytest.raises(InvalidInput, match="bench.json is damaged"):
         tables.bench()

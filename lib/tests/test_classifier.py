@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import yaml
 
 from effnn import paths
 from effnn.base import InvalidInput
@@ -224,5 +225,8 @@ def test_sst2_from_scratch_reaches_three_quarters():
     folder = os.environ.get("EFFNN_SST2")
     if not folder:
         pytest.skip("set EFFNN_SST2 to a folder of the published SST-2 TSV files to run this")
-    trained = train_classifier(text.load("sst2", source=folder), classifier.SST2)
-    assert trained.accuracy >= 0.75
+    profile = yaml.safe_load((paths.PROFILES / "sst2.yml").read_text())["01_post_training_pruning"]
+    names = ("layers", "hidden", "heads", "ffn", "epochs", "max_length")  # what the notebook trains
+    configs = [classifier.SST2, ClassifierConfig(**{name: profile[name] for name in names})]
+    for config in configs:
+        assert train_classifier(text.load("sst2", source=folder), config).accuracy >= 0.75

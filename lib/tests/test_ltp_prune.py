@@ -1,7 +1,9 @@
 """The one call: every stage, both targets, all families, its report and its errors."""
 
+import gc
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from ltp_models import FAMILIES, QA_FAMILIES, build
 from test_ltp_tune import rows_of
 
 from effnn import ltp
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, Timing
+from effnn.ltp import Masks, Shape, latency_measure, tune_masks
 
 BUILDERS = FAMILIES | {f"qa:{name}": builder for name, builder in QA_FAMILIES.items()}
 
@@ -122,11 +125,67 @@ def test_the_teacher_keeps_the_square_root_of_the_budget(monkeypatch):
     assert 0.5 < ratio <= 0.6
 
 
+def live_bytes():
+    """Bytes of all tensors that Python holds, every storage counted once."""
+    gc.collect()
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def test_between_steps_only_the_states_entering_one_layer_are_held():
+    """No graph, no activation and no second layer's states outlive their mini-batch: the bound on memory, exactly."""
+    model, batch = FAMILIES["bert"]()
+    batches = rows_of(batch, 30)
+    states = sum(one["input_ids"].numel() for one in batches) * model.config.hidden_size * 4
+    small = states / 2  # gradients of the masks, held-out rows, masks: all far below the states of this many rows
+    before, held = live_bytes(), []
+    calibration = ltp.calibrate(model, batches, on_batch=lambda: held.append(live_bytes() - before))
+    assert all(bytes_ <= (index + 1) / 30 * states + small for index, bytes_ in enumerate(held))
+    masks, held = Masks.ones(Shape.of(model)), []
+    tune_masks(model, calibration.inputs, masks, masks, max_cached_bytes=0,
+               on_step=lambda: held.append(live_bytes() - before))  # fmt: skip
+    assert len(held) == 6 and max(held) <= 2 * states + small
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the resident set is read from /proc")
 def test_peak_memory_is_reported_when_asked_for():
     model, batch = FAMILIES["bert"]()
     assert ltp.prune(model, [batch] * 2, ltp.Macs(0.5), progress=False).report.peak_bytes is None
-    with_memory = ltp.prune(model, [batch] * 2, ltp.Macs(0.5), progress=False, measure_memory=True)
-    assert with_memory.report.peak_bytes is None or with_memory.report.peak_bytes >= 0
+    wide = {name: value.repeat(200, 1) if value.dim() == 2 else value.repeat(200) for name, value in batch.items()}
+    found = ltp.prune(model, [wide] * 2, ltp.Macs(0.5), progress=False, measure_memory=True).report.peak_bytes
+    assert found > 2 * wide["input_ids"].numel() * model.config.hidden_size * 4
+
+
+@pytest.mark.parametrize("builder", [FAMILIES["bert"], QA_FAMILIES["bert"]])
+def test_the_order_of_a_batchs_entries_does_not_matter(builder):
+    """Collators of transformers put the labels, one number a row, first."""
+    model, batch = builder()
+    batches = rows_of(batch, 6)
+    turned = [dict(sorted(one.items(), key=lambda item: item[1].dim())) for one in batches]
+    assert next(iter(turned[0].values())).dim() == 1
+    results = [ltp.prune(model, rows, ltp.Macs(0.5), progress=False) for rows in (batches, turned)]
+    assert torch.equal(results[0].masks.filters, results[1].masks.filters)
+    assert results[0].report.dense_loss == results[1].report.dense_loss
+
+
+def test_predicted_and_measured_latency_are_of_one_dtype(monkeypatch):
+    model, batch = FAMILIES["bert"]()
+    target = ltp.Latency(0.7, batch=2, seq_len=6, dtype="bfloat16", repeats=2, grid=8)
+    seen = []
+
+    def interleaved(variants, *_):
+        seen.extend(next(iter(variants.values()))().logits.dtype for _ in range(1))
+        return {name: Timing(name, (1.0,), (0.0,)) for name in variants}
+
+    table = ltp.LatencyTable.measure(model, target, progress=False)
+    monkeypatch.setattr(latency_measure, "interleave", interleaved)
+    ltp.prune(model, rows_of(batch, 4), target, table=table, progress=False)
+    assert seen == [torch.bfloat16]
+    with pytest.raises(InvalidInput, match="dtype='bfloat16'.*says 'float32'"):
+        ltp.prune(model, rows_of(batch, 4), ltp.Latency(0.7, batch=2, seq_len=6), table=table, progress=False)
 
 
 def test_a_loader_that_does_not_know_its_length_is_taken():

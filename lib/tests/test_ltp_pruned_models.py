@@ -210,6 +210,15 @@ def test_saving_over_a_sharded_folder_leaves_no_old_weights(saved):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
 
 
+def test_files_of_others_stay(saved):
+    folder, _, small = saved
+    others = ["model_backup.safetensors", "model-best.safetensors", "notes.txt"]
+    for name in others:
+        (folder / name).write_text("mine")
+    small.save_pretrained(folder)
+    assert [(folder / name).read_text() for name in others] == ["mine"] * 3
+
+
 def test_class_names_are_importable():
     for name in (
         "PrunedBertForSequenceClassification",

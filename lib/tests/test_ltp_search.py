@@ -95,11 +95,17 @@ def test_rounding_and_minimum_per_layer():
     assert len(set(uniform.heads_per_layer)) == len(set(uniform.filters_per_layer)) == 1
 
 
-def test_an_infeasible_minimum_names_the_smallest_feasible_ratio():
-    with pytest.raises(InvalidInput, match="smallest feasible ratio is 0.5") as caught:
-        search_macs(torch.ones(4, 4), torch.ones(4, 512), COST, Macs(0.2, min_heads=2, min_filters=256))
+@pytest.mark.parametrize("minimum", [(1, 1), (1, 7), (2, 256), (3, 100), (4, 511)])
+@pytest.mark.parametrize("seq_len", [1.0, 13.7, 128.0])
+def test_an_infeasible_minimum_names_the_smallest_feasible_ratio(minimum, seq_len):
+    cost, least = MacCost(SHAPE, seq_len), {"min_heads": minimum[0], "min_filters": minimum[1]}
+    units = torch.ones(SHAPE.layers, SHAPE.heads), torch.ones(SHAPE.layers, SHAPE.filters)
+    with pytest.raises(InvalidInput, match="smallest feasible ratio is") as caught:
+        search_macs(*units, cost, Macs(1e-3, **least))
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
-    search_macs(torch.ones(4, 4), torch.ones(4, 512), COST, Macs(smallest, min_heads=2, min_filters=256))
+    assert cost.ratio(search_macs(*units, cost, Macs(smallest, **least))) <= smallest
+    with pytest.raises(InvalidInput):
+        search_macs(*units, cost, Macs(smallest - 1.1e-4, **least))
 
 
 @pytest.mark.parametrize(

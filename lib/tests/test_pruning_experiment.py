@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from ltp_models import build
+from test_classifier import TINY
+from test_classifier import _planted as planted_task
 
 from effnn import ltp, paths
 from effnn.base import InvalidInput
 from effnn.experiments import bench, bench_ltp, pool, pruning, pruning_figures
 from effnn.experiments.bench_result import Measured
-from effnn.experiments.classifier import ClassifierConfig
+from effnn.experiments.classifier import ClassifierConfig, train_classifier
 from effnn.report import claims, published
 
 
@@ -153,6 +155,96 @@ def test_latency_curves_are_ratios_to_the_dense_model():
     row = curves.iloc[0]
     assert row.masked_low <= row.masked <= row.masked_high and row.shrunk > 0 and row.speedup > 0
     assert row.mac_ratio == pytest.approx(ltp.MacCost(ltp.Shape.of(model), 13.0).ratio(masks[0.5]))
+
+
+class TestSweep:
+    """A planted task and a tiny model through the whole experiment."""
+
+    SWEEP = pruning.Sweep(rows=64, batch=16, trials=2, retrain_budgets=(0.6,), retrain_epochs=1)
+
+    @pytest.fixture
+    def start(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+        task = planted_task(400)
+        config = ClassifierConfig(**TINY | {"layers": 2})
+        return task, config, train_classifier(task, config)
+
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        """Splits that a model was evaluated on, by their number of rows, in order; and what was fine-tuned."""
+        seen, evaluate, fine_tune = [], pruning.evaluate, pruning.fine_tune
+
+        def watched(model, batches):
+            seen.append(len(batches.dataset))
+            return evaluate(model, batches)
+
+        def trained(model, rows, **options):
+            seen.append(("fine_tune", model.config.model_type, options))
+            return fine_tune(model, rows, **options)
+
+        monkeypatch.setattr(pruning, "evaluate", watched)
+        monkeypatch.setattr(pruning, "fine_tune", trained)
+        return seen
+
+    def test_choices_are_made_on_validation_and_dev_is_read_once_a_row(self, start, reads):
+        task, config, trained = start
+        frame = pruning.run_sweep(task, [(config, 0.6, 0)], self.SWEEP)
+        assert sorted(frame.method) == ["magnitude", "random", "rearrange", "retrain", "search", "tune"]
+        dev, validation = len(task.dev), len(task.validation)
+        trained_with = [item[2] for item in reads if isinstance(item, tuple)]
+        assert [options["learning_rate"] for options in trained_with] == list(pruning.RETRAIN_TRIALS[:2])
+        read = [item for item in reads if not isinstance(item, tuple)]
+        assert read[:2] == [validation, validation] and read[2:] == [dev] * 6
+        row = frame.set_index("method")
+        assert (frame.mac_ratio <= 0.6).all() and (frame.dense_accuracy == trained.accuracy).all()
+        assert row.mac_ratio["retrain"] == row.mac_ratio["rearrange"] and row.seconds[["tune", "retrain"]].min() > 0
+        # the same numbers, one by one
+        tries = [pruning.prune_checkpoint(task, config, 0.6, 0, self.SWEEP, trial) for trial in (0, 1)]
+        rows = pruning.encode_split(task.validation, trained.tokenizer, config.max_length)
+        scores = [pruning._score(ltp.shrink(trained.model, one.stages["tune"]), rows) for one in tries]
+        assert row.trial["tune"] == scores.index(max(scores))
+        found = pruning.chosen(frame, task, config, 0.6, 0, self.SWEEP)
+        assert torch.equal(found.stages["tune"].filters, tries[int(row.trial["tune"])].stages["tune"].filters)
+
+    def test_what_the_sweep_pruned_is_not_pruned_again(self, start, monkeypatch):
+        task, config, _ = start
+        frame = pruning.run_sweep(task, [(config, 0.6, 0)], self.SWEEP)
+        monkeypatch.setattr(ltp, "prune", None)
+        for trial in (0, 1):
+            later = frame.assign(trial=trial)
+            assert pruning.chosen(later, task, config, 0.6, 0, self.SWEEP).report["rows"] == 64
+        assert pruning.run_sweep(task, [(config, 0.6, 0)], self.SWEEP).equals(frame)
+
+    def test_the_shrunk_and_the_saved_model_compute_what_the_masked_one_does(self, start):
+        task, config, trained = start
+        masks = pruning.prune_checkpoint(task, config, 0.4, 0, self.SWEEP).stages["tune"]
+        found = pruning.check_identity(task, trained, masks)
+        assert found["masked_shrunk"] < 1e-5 and found["loaded_shrunk"] == 0 and found["masked_dense"] > 1e-3
+
+    def test_a_search_that_overspends_is_found_out(self, start, monkeypatch):
+        task, _, trained = start
+        shape = ltp.Shape.of(trained.model)
+        table = ltp.LatencyTable.from_values(range(shape.heads + 1), range(shape.filters + 1), 1.0, batch=4, seq_len=8)
+        kept = pruning.check_budgets(task, trained, self.SWEEP, table)
+        assert len(kept) == 38 and kept.kept.all()
+        monkeypatch.setattr(ltp, "search_macs", lambda *_: ltp.Masks.ones(shape))
+        assert not pruning.check_budgets(task, trained, self.SWEEP, table).kept.all()
+
+    def test_numbers_of_tries_have_an_end(self):
+        with pytest.raises(InvalidInput, match="1 to 3"):
+            pruning.Sweep(trials=4)
+
+
+def test_notes_say_what_was_measured():
+    kept = pd.DataFrame({"refused": [True, False]})
+    targets = pd.DataFrame({"budget": [0.7], "measured": [0.7067]})
+    assert "1 budgets refused" in pruning.budget_note(kept, targets)
+    assert "0.707 for 0.7" in pruning.budget_note(kept, targets)
+    talk = published.load("talk")
+    talk = talk[talk.source.str.contains("LTP results slide (table)", regex=False)]
+    times = pruning.time_table(sweep_frame(), talk, 1)
+    assert pruning.epoch_note(times) == "one epoch of retraining takes 30.5 times as long as pruning"
+    assert "no retraining" in pruning.epoch_note(times[times.epochs == 0])
 
 
 def _square(value):

@@ -473,3 +473,23 @@ def test_data_given_by_path_is_an_input(home):
     (folder / "train.tsv").write_text("ab")
     after = inputs_of(notebook, {"source": str(folder)}, "smoke")
     assert {name for name in before if before[name] != after[name]} == {f"data at {folder}"}
+
+
+def test_data_under_the_home_folder_are_watched_too(home, monkeypatch):
+    from effnn.runner import inputs_of
+
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    notebook = make_notebook(home, "01_a")
+    (home / "SST-2").mkdir()
+    (home / "SST-2/train.tsv").write_text("a")
+    before = inputs_of(notebook, {"source": "~/SST-2"}, "smoke")
+    (home / "SST-2/train.tsv").write_text("ab")
+    assert inputs_of(notebook, {"source": "~/SST-2"}, "smoke") != before
+
+
+def test_a_notebook_that_cannot_be_read_is_named(home, capsys):
+    make_notebook(home, "01_a")
+    (home / "notebooks/02_b.ipynb").write_text('{"cells": [')
+    assert run() == 2
+    assert "02_b.ipynb is no readable notebook" in capsys.readouterr().err

@@ -63,7 +63,8 @@ def run(part: str = "") -> list[Outcome]:
         row = bars.loc[key]
         median = statistics.median(measured.runs)
         _store(key, measured, row, provenance.gather("bench", {"threads": measured.threads}, started=started))
-        outcomes.append(Outcome(key, row.bar, median, Rule.parse(row.bar).holds(median), measured.runs))
+        met = Rule.parse(row.bar).holds(median) and measured.within_bounds()
+        outcomes.append(Outcome(key, row.bar, median, met, measured.runs))
     return outcomes
 
 
@@ -79,7 +80,7 @@ def _store(key: str, measured: Measured, row: pd.Series, origin: dict[str, objec
         "min": min(measured.runs),
         "max": max(measured.runs),
         "bar": row.bar,
-        "met": bool(Rule.parse(row.bar).holds(median)),
+        "met": bool(Rule.parse(row.bar).holds(median)) and measured.within_bounds(),
         "unit": row.unit,
         **asdict(measured),
         "provenance": origin,

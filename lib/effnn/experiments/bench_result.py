@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 class Measured:
     """runs: the ratio of every round. load: load average at the start of each. seconds: name -> seconds of every round.
 
-    threads: torch's threads in this process. details: other figures worth keeping, such as peak memory in bytes.
+    threads: torch's threads in this process. details: other figures worth keeping, such as peak memory in bytes. A
+    detail whose name ends in `_over_bound` is held to at most 1: the key meets its bar only if this one does too.
     """
 
     runs: tuple[float, ...]
@@ -16,3 +17,7 @@ class Measured:
     threads: int
     note: str = ""
     details: dict[str, float] = field(default_factory=dict)
+
+    def within_bounds(self) -> bool:
+        """Whether every detail that has a bound keeps it."""
+        return all(value <= 1 for name, value in self.details.items() if name.endswith("_over_bound"))

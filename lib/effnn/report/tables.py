@@ -131,9 +131,9 @@ def origin_text(origin: Mapping[str, object]) -> str:
 def bench() -> pd.DataFrame:
     """Return data/bench.csv joined with results/bench.json, one row a key.
 
-    Columns: key, bar, unit, meaning, median, min, max, runs, note, measured (bool), state. The state is "meets the
-    bar", "misses the bar", "not measured", or "not built yet" while the notebook of the key's room (as data/claims.csv
-    names it) does not exist.
+    Columns: key, bar, unit, meaning, median, min, max, runs, note, also (details with a bound, such as peak memory over
+    its bound, which must be at most 1), measured (bool), state. The state is "meets the bar", "misses the bar", "not
+    measured", or "not built yet" while the notebook of the key's room (as data/claims.csv names it) does not exist.
     """
     bars = pd.read_csv(paths.BENCH_BARS, dtype=str, keep_default_na=False)
     measured = _bench_results()
@@ -145,13 +145,16 @@ def bench() -> pd.DataFrame:
             raise InvalidInput(f"{paths.BENCH_BARS}: key {bar['key']!r} has no bar")
         digits = notebooks.get(bar["key"].split(".")[0])
         state = "not built yet" if digits is None or notebook_of(digits) is None else "not measured"
-        line = dict(bar) | {"median": None, "min": None, "max": None, "runs": 0, "note": "", "state": state}
+        line = dict(bar) | {"median": None, "min": None, "max": None, "runs": 0, "note": "", "also": "", "state": state}
         line["measured"] = bar["key"] in measured
         if line["measured"]:
             found = measured[bar["key"]]
             line |= {name: float(found[name]) for name in ("median", "min", "max")}
             line |= {"runs": len(found.get("runs", ())), "note": str(found.get("note") or "")}
-            line["state"] = "meets the bar" if rule.holds(line["median"]) else "misses the bar"
+            bounded = {k: v for k, v in (found.get("details") or {}).items() if k.endswith("_over_bound")}
+            met = rule.holds(line["median"]) and all(value <= 1 for value in bounded.values())
+            line["state"] = "meets the bar" if met else "misses the bar"
+            line["also"] = "".join(f"; {k.replace('_', ' ')} {number(v)}" for k, v in bounded.items())
         table.append(line)
     return pd.DataFrame(table)
 
@@ -163,6 +166,7 @@ def bench_table() -> str:
         value = "-"
         if line["measured"]:
             value = f"{number(line['median'])} [{number(line['min'])}, {number(line['max'])}], {line['runs']} runs"
+            value += line["also"]
         body.append([f"`{line['key']}`", line["bar"], value, line["state"], line["meaning"]])
     return markers.table(["Key", "Bar", "Median [min, max]", "State", "What is divided by what"], body)
 
