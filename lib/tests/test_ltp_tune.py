@@ -8,16 +8,7 @@ from ltp_models import FAMILIES, QA_FAMILIES
 from effnn.base import InvalidInput
 from effnn.ltp import MacCost, Macs, Masks, Shape, adapter_for, calibrate, masked, search_macs, tune_masks
 from effnn.ltp.least_squares import RELATIVE_RIDGE, NormalEquations, Sums
-from effnn.ltp.sliced import SlicedLayer
-
-
-def run_encoder(layers, states, attention_mask):
-    """Hidden states after the last of the sliced layers: the plain use of their pieces."""
-    with torch.no_grad():
-        for layer in layers:
-            middle = layer.middle(layer.attention_sum(states, layer.context(states, attention_mask)))
-            states = layer.next_states(layer.ffn_sum(middle, layer.activation(middle)))
-    return states
+from effnn.ltp.sliced import SlicedLayer, run_encoder
 
 
 def random_problem(block, units=6, tokens=40, hidden=10, seed=0, dtype=torch.float64):

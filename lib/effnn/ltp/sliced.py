@@ -8,6 +8,7 @@ size, f kept filters.
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -128,3 +129,12 @@ def _rows(linear: nn.Linear, index: Tensor) -> tuple[Tensor, Tensor | None]:
 def _columns(linear: nn.Linear, index: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     weight = linear.weight.detach().index_select(1, index) * scale[index].to(linear.weight)
     return weight, None if linear.bias is None else linear.bias.detach()
+
+
+def run_encoder(layers: list[SlicedLayer], states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Hidden states after the last of `layers`, (B, S, d): the plain use of the pieces above."""
+    with torch.no_grad():
+        for layer in layers:
+            middle = layer.middle(layer.attention_sum(states, layer.context(states, attention_mask)))
+            states = layer.next_states(layer.ffn_sum(middle, layer.activation(middle)))
+    return states
