@@ -60,7 +60,7 @@ def _draw_scales(ax: Axes, mask: Tensor, title: str) -> AxesImage:
     return image
 
 
-def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
+def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float], title: str = "Accuracy against compute") -> Figure:
     """Dev accuracy against the share of MACs, mean over seeds; retraining as points.
 
     Bands are 95 % intervals. The competitors' runs scatter too widely for a band: each is a small dot.
@@ -87,7 +87,7 @@ def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float]) -> Figure:
         ax.axhline(100 * value, color="0.45", lw=1.2, ls=style, label=f"{name} ({100 * value:.1f})")
     bottom, top = ax.get_ylim()
     ax.set_ylim(max(bottom, 0), min(top, 100))  # an interval of three values may reach beyond what an accuracy can be
-    ax.set(xlabel="MACs kept (percent of dense)", ylabel="dev accuracy (percent)", title="Accuracy against compute")
+    ax.set(xlabel="MACs kept (percent of dense)", ylabel="dev accuracy (percent)", title=title)
     legend_outside(ax)
     return fig
 
