@@ -1,0 +1,220 @@
+"""The "ccl" backend: a process group over the oneCCL library, for torch releases that Intel's bindings do not cover.
+
+The C API has all_reduce, broadcast, reduce, reduce_scatter, all_gather and all_to_all for host memory; they are
+native. Gather, scatter, barrier and transfers of unequal parts are composed of them. Send and receive are delegated to
+a gloo group beside this one (the library's own do not work on host memory). All calls of a process run on one lane, in
+the order of their issue, which must be the same on every rank.
+
+Sums: with two ranks every sum is the same, bit by bit, as gloo's. With more, floating-point sums depend on the order of
+the additions, and the library's own order is not gloo's (and changes with the message size). EFFNN_CCL_SUM=gloo, or
+`sum_order="gloo"`, adds in the order of gloo's ring instead: bit-equal, at the price of an all_to_all, a sum and an
+all_gather instead of one native call.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
+from math import ceil
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PythonCallbackWork
+
+from effnn.base import InvalidInput
+from effnn.comm.oneccl_library import OPERATIONS, TYPES, Communicator, library
+from effnn.comm.process_group import LaneProcessGroup, _flat
+from effnn.comm.work import Call, Lane
+
+_TYPE_NUMBERS = {
+    torch.int8: TYPES["i8"],
+    torch.uint8: TYPES["u8"],
+    torch.int32: TYPES["i32"],
+    torch.int64: TYPES["i64"],
+    torch.float16: TYPES["f16"],
+    torch.float32: TYPES["f32"],
+    torch.float64: TYPES["f64"],
+    torch.bfloat16: TYPES["bf16"],
+}
+
+SUPPORT = {
+    "send": "delegated",
+    "recv": "delegated",
+    "broadcast": "native",
+    "all_reduce": "native",
+    "reduce": "native",
+    "all_gather": "native",
+    "gather": "composed",
+    "scatter": "composed",
+    "reduce_scatter": "native",
+    "all_to_all": "native",
+    "barrier": "composed",
+}
+
+SUM_ORDERS = ("native", "gloo")
+
+_GLOO_SEGMENT = 1 << 20  # bytes; gloo's ring cuts a message into segments of at most this size
+
+
+@cache
+def lane() -> Lane:
+    """The one lane of this process: every communicator of the library is entered from it alone."""
+    return Lane("oneCCL")
+
+
+class OneCCLProcessGroup(LaneProcessGroup):
+    """See the module's text. Raises NotAvailable without the library, CollectiveTimeout when a rank stays away.
+
+    sum_order: "native", "gloo", or None for the environment's EFFNN_CCL_SUM (default native).
+    """
+
+    NAME = "ccl"
+    SUPPORT = SUPPORT
+    _gathers_everywhere = True
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta, sum_order: str | None = None):
+        super().__init__(lane(), store, rank, size, timeout)
+        self._sum_order = sum_order or os.environ.get("EFFNN_CCL_SUM") or "native"
+        if self._sum_order not in SUM_ORDERS:
+            raise InvalidInput(
+                f"sum order {self._sum_order!r} (EFFNN_CCL_SUM): expected one of {', '.join(SUM_ORDERS)}"
+            )
+        self._communicator: Communicator | None = None
+        self._messages: dist.ProcessGroupGloo | None = None
+        self._lane.run(Call(f"joining a group of {size} ranks", self._join, timeout=self._timeout))
+        if size > 1:
+            self._messages = dist.ProcessGroupGloo(dist.PrefixStore("messages/", store), rank, size, timeout)
+
+    def _join(self) -> None:
+        if self._rank == 0:
+            self._store.set("oneccl_id", library().unique_id().hex())
+        shared = bytes.fromhex(self._store.get("oneccl_id").decode())
+        self._communicator = library().communicator(shared, self._rank, self._size)
+
+    # Native calls.
+
+    def _run_all_reduce(self, flat: Tensor, operation: str) -> None:
+        if self._sum_order == "gloo" and self._size > 2 and operation not in ("min", "max"):
+            self._all_reduce_in_gloos_order(flat, operation)
+        else:
+            pointer = flat.data_ptr()
+            self._call("AllReduce", pointer, pointer, flat.numel(), *_kind(flat, operation))
+
+    def _run_broadcast(self, flat: Tensor, root: int) -> None:
+        self._call("Broadcast", flat.data_ptr(), flat.data_ptr(), flat.numel(), TYPES["u8"], root)
+
+    def _run_reduce(self, flat: Tensor, root: int, operation: str) -> None:
+        result = flat if self._rank == root else torch.empty_like(flat)  # the library writes into it on every rank
+        self._call("Reduce", flat.data_ptr(), result.data_ptr(), flat.numel(), *_kind(flat, operation), root)
+
+    def _run_all_gather(self, output: Tensor, flat: Tensor) -> None:
+        self._call("AllGather", flat.data_ptr(), output.data_ptr(), flat.numel(), TYPES["u8"])
+
+    def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> None:
+        kind = _kind(flat, operation)
+        self._call("ReduceScatter", flat.data_ptr(), output.data_ptr(), output.numel(), *kind)
+
+    def _run_all_to_all(self, output: Tensor, flat: Tensor) -> None:
+        count = flat.numel() // self._size
+        self._call("AllToAll", flat.data_ptr(), output.data_ptr(), count, TYPES["u8"])
+
+    # Composed calls.
+
+    def _run_gather(self, output: Tensor, flat: Tensor, root: int) -> None:
+        self._run_all_gather(output, flat)
+
+    def _run_scatter(self, flat: Tensor, source: Tensor, root: int) -> None:
+        self._run_broadcast(source, root)
+        flat.copy_(source.view(self._size, -1)[self._rank])
+
+    def _run_barrier(self) -> None:
+        self._run_all_reduce(torch.ones(1, dtype=torch.int32), "max")
+
+    def _uneven_all_to_all(
+        self, output: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> Callable[[], None]:
+        def start() -> None:
+            # Padded to the largest part of any rank, which the ranks agree on first.
+            largest = torch.tensor([max(*received, *sent)])
+            self._run_all_reduce(largest, "max")
+            width = int(largest)
+            if not width:
+                return
+            padded, arrived = flat.new_zeros(self._size, width), flat.new_empty(self._size, width)
+            for row, part in zip(padded, flat.split(list(sent)), strict=True):
+                row[: part.numel()] = part
+            self._run_all_to_all(arrived.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8))
+            for row, part in zip(arrived, output.split(list(received)), strict=True):
+                part.copy_(row[: part.numel()])
+
+        return start
+
+    def _all_reduce_in_gloos_order(self, flat: Tensor, operation: str) -> None:
+        """Chunk c is combined at one rank in the order c-1, c-2, ..., c (modulo W), as gloo's ring does."""
+        size, width = self._size, _gloo_chunk(flat, self._size)
+        padded, arrived = flat.new_zeros(size * width), flat.new_empty(size * width)
+        padded[: flat.numel()] = flat
+        self._run_all_to_all(arrived.view(torch.uint8), padded.view(torch.uint8))
+        parts = arrived.view(size, width)  # row r: what rank r holds of this rank's chunk
+        total = parts[(self._rank - 1) % size].clone()
+        for step in range(2, size + 1):
+            part = parts[(self._rank - step) % size]
+            total = total.add_(part) if operation in ("sum", "avg") else total.mul_(part)
+        self._run_all_gather(padded.view(torch.uint8), total.view(torch.uint8))
+        flat.copy_(padded[: flat.numel()])
+
+    # Messages between two ranks.
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
+        (tensor,) = tensors
+        return self._gloo().send([_flat(tensor).view(torch.uint8)], rank, tag)
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
+        return self._receive(tensors, lambda buffer: self._gloo().recv([buffer], rank, tag))
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
+        return self._receive(tensors, lambda buffer: self._gloo().recv_anysource([buffer], tag))
+
+    def _receive(self, tensors: list[Tensor], start: Callable[[Tensor], dist.Work]) -> dist.Work:
+        (tensor,) = tensors
+        if tensor.is_contiguous():
+            return start(_flat(tensor).view(torch.uint8))
+        flat = _flat(tensor)
+        work = start(flat.view(torch.uint8))
+
+        def wait(timeout: timedelta) -> bool:
+            work.wait(timeout) if timeout else work.wait()
+            tensor.detach().copy_(flat.view(tensor.shape))
+            return True
+
+        return PythonCallbackWork(wait)
+
+    def _gloo(self) -> dist.ProcessGroupGloo:
+        if self._messages is None:
+            raise InvalidInput("send and recv need a second rank; this group has one")
+        return self._messages
+
+    def _call(self, name: str, *arguments: int) -> None:
+        self._communicator.call(name, *arguments)
+
+    def _close(self) -> None:
+        """Wait for what was issued, then free the communicator; after a failure there is nothing to wait for."""
+        if self._lane.failure is None:
+            self._lane.run(Call("leaving the group", self._communicator.destroy, timeout=self._timeout))
+        self._messages = None
+
+
+def _kind(flat: Tensor, operation: str) -> tuple[int, int]:
+    """Numbers of the type and the reduction; an average is summed here and divided later."""
+    return _TYPE_NUMBERS[flat.dtype], OPERATIONS["sum" if operation == "avg" else operation]
+
+
+def _gloo_chunk(flat: Tensor, size: int) -> int:
+    """Elements of a rank's share in gloo's ring: its segments are at most 1 MiB, at least two a rank, all equal."""
+    item = flat.element_size()
+    message = flat.numel() * item
+    segments = max(ceil(message / (item * max(1, _GLOO_SEGMENT // item))), 2 * size)
+    segments = size * ceil(segments / size)
+    segment = ceil(ceil(message / segments) / item)  # whole elements
+    return segment * (segments // size)
