@@ -79,6 +79,31 @@ def all_reduce_of_every_type_and_operation():
 
 
 @check
+def all_reduce_of_sparse_tensors():
+    rank, size = place()
+
+    def rows(r, dtype):
+        ids = torch.arange(r, 2 * r + 1) if r else torch.zeros(0, dtype=torch.long)  # rank 0 has touched nothing
+        return torch.sparse_coo_tensor(ids[None], torch.ones(len(ids), 3, dtype=dtype) * (r + 1), (20, 3))
+
+    for dtype in (torch.float32, torch.int8, torch.float64):
+        tensor = rows(rank, dtype)
+        dist.all_reduce(tensor)
+        same(tensor.to_dense(), sum(rows(r, dtype).to_dense() for r in range(size)))
+    if isinstance(dist.group.WORLD, LaneProcessGroup):
+        tensor = rows(rank, torch.float32)
+        dist.all_reduce(tensor, dist.ReduceOp.AVG)
+        same(tensor.to_dense(), sum(rows(r, torch.float32).to_dense() for r in range(size)) / size)
+        table = torch.nn.parallel.DistributedDataParallel(torch.nn.Embedding(9, 2, sparse=True))
+        table(torch.tensor([rank, rank + 1])).sum().backward()
+        gradient = table.module.weight.grad.to_dense()
+        wanted = torch.zeros(9, 2)
+        for r in range(size):
+            wanted[r : r + 2] += 1 / size
+        torch.testing.assert_close(gradient, wanted)
+
+
+@check
 def reduce_of_every_operation_to_every_root():
     rank, size = place()
     for root in range(size):
@@ -381,7 +406,7 @@ def what_cannot_be_done_is_refused_and_harms_nothing():
         "numbers that sum to": lambda: dist.all_to_all_single(
             torch.zeros(size), torch.zeros(size), [1] * size, [2] * size
         ),
-        "dense tensors": lambda: dist.all_reduce(torch.eye(3).to_sparse()),
+        "knows sum and avg": lambda: dist.all_reduce(torch.eye(3).to_sparse(), dist.ReduceOp.MAX),
         "on CPU tensors": lambda: dist.all_reduce(torch.zeros(3, device="meta")),
     }
     for words, attempt in attempts.items():

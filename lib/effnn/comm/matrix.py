@@ -225,7 +225,8 @@ _ALL = operations.OPERATIONS | operations.SPARSE
 
 def _how(backend: str, operation: str) -> str:
     """Native for torch's own backends; ours say it themselves. The pairs are always composed of all_gathers."""
-    if operation == "all_gather of (ids, values)":
+    ours = backend == "mpi4py" or (backend == "ccl" and backends.ccl_provider() == "effnn")
+    if operation == "all_gather of (ids, values)" or (ours and operation in operations.SPARSE):
         return "composed"
     if backend == "ccl" and backends.ccl_provider() == "effnn":
         from effnn.comm import oneccl

@@ -8,7 +8,7 @@ are torch's own; PyTorch has no documentation of its own for them, so they are n
 Tensors on other devices go to the backend that the group's configuration names for them ("cpu:ccl,cuda:nccl").
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from math import prod
 
@@ -96,9 +96,7 @@ class LaneProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,) = _single("all_reduce", tensors)
         if tensor.layout is torch.sparse_coo:
-            raise InvalidInput(
-                f"all_reduce over {self.NAME} takes dense tensors; sparse ones: effnn.comm.sparse.all_reduce, or gloo"
-            )
+            return self._sparse_all_reduce(tensor, opts)
         return self.allreduce_coalesced(tensors, opts)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
@@ -515,6 +513,46 @@ class LaneProcessGroup(dist.ProcessGroup):
 
         return self._issue("all_gather", start, parts, finish, opts)
 
+    def _sparse_all_reduce(self, tensor: Tensor, opts: object) -> LaneWork:
+        """Sum of sparse COO tensors: all_gather of padded indices and values, then a sum in rank order everywhere."""
+        other = self._other("allreduce", [tensor], [tensor], opts)
+        if other is not None:
+            return other
+        operation = self._operation("all_reduce", opts, [tensor])
+        if operation not in ("sum", "avg"):
+            raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
+        mine = tensor.detach().coalesce()
+        rows = torch.cat(
+            [mine.indices().t(), mine.indices().new_zeros(1, mine.sparse_dim())]
+        )  # a row more: never empty
+        values = torch.cat([mine.values(), mine.values().new_zeros(1, *mine.values().shape[1:])])
+
+        sent = []  # kept until the end: a request does not keep its memory
+
+        def gather(part: Tensor, longest: int) -> tuple[Tensor, Request | None]:
+            padded = part.new_zeros(longest, *part.shape[1:])
+            padded[: len(part)] = part
+            sent.append(padded)
+            every = part.new_empty(self._size, *padded.shape)
+            return every, self._run_all_gather(_bytes(every.view(-1)), _bytes(padded.view(-1)))
+
+        def steps() -> Iterator[Request | None]:
+            lengths, request = gather(torch.tensor([len(rows)]), 1)
+            yield request
+            longest = int(lengths.max())
+            every_row, request = gather(rows, longest)
+            yield request
+            every_value, request = gather(values, longest)
+            yield request
+            counts = (lengths.flatten() - 1).tolist()
+            indices = torch.cat([part[:count] for part, count in zip(every_row, counts, strict=True)]).t()
+            gathered = torch.cat([part[:count] for part, count in zip(every_value, counts, strict=True)])
+            total = torch.sparse_coo_tensor(indices, gathered, tensor.shape, check_invariants=False).coalesce()
+            with torch.no_grad():  # a sparse tensor's detach() would keep the new indices to itself
+                tensor.copy_(total / self._size if operation == "avg" else total)
+
+        return self._issue("sparse all_reduce", lambda: _Steps.of(steps()), [tensor], opts=opts)
+
     def _other(self, method: str, tensors: Sequence[Tensor], *arguments: object) -> dist.Work | None:
         """Run the call elsewhere if its tensors are not on the CPU; None if they are."""
         kinds = {tensor.device.type for tensor in tensors}
@@ -547,6 +585,26 @@ class _All:
     def test(self) -> bool:
         self._requests = [request for request in self._requests if not request.test()]
         return not self._requests
+
+
+class _Steps:
+    """A call of several steps, each of which begins when the one before has ended."""
+
+    def __init__(self, steps: Iterator[Request | None]):
+        self._steps, self._request = steps, None
+
+    @staticmethod
+    def of(steps: Iterator[Request | None]) -> Request | None:
+        call = _Steps(steps)
+        return None if call.test() else call
+
+    def test(self) -> bool:
+        while self._request is None or self._request.test():
+            try:
+                self._request = next(self._steps)
+            except StopIteration:
+                return True
+        return False
 
 
 def _single(name: str, values: Sequence) -> Sequence:
