@@ -171,7 +171,7 @@ class MPIProcessGroup(LaneProcessGroup):
             self._operations[operation],
             root,
         )
-        return _Wait(request, narrow if here else None)
+        return _Wait(request, narrow if here else None, keep=wide)
 
     def _run_all_gather(self, output: Tensor, flat: Tensor) -> Request:
         return _Wait(self._communicator.Iallgather(_buffer(flat, self._mpi), _buffer(output, self._mpi, self._size)))
@@ -190,7 +190,7 @@ class MPIProcessGroup(LaneProcessGroup):
         request = self._communicator.Ireduce_scatter_block(
             _buffer(source, self._mpi, self._size), _buffer(target, self._mpi), self._operations[operation]
         )
-        return _Wait(request, (lambda: output.copy_(target)) if half else None)
+        return _Wait(request, (lambda: output.copy_(target)) if half else None, keep=source)
 
     def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request:
         return _Wait(
@@ -249,8 +249,15 @@ class MPIProcessGroup(LaneProcessGroup):
 class _Wait:
     """A request of MPI, and what is done once it has ended."""
 
-    def __init__(self, request: object, finish: Callable[[], None] | None = None, status: object = None):
+    def __init__(
+        self,
+        request: object,
+        finish: Callable[[], None] | None = None,
+        status: object = None,
+        keep: Tensor | None = None,
+    ):
         self._request, self._finish, self._status = request, finish, status
+        self._keep = keep  # memory that MPI still reads, and that nothing else may hold
 
     def test(self) -> bool:
         try:
