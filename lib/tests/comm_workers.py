@@ -1,0 +1,92 @@
+"""Functions that test_comm_launch.py runs in the ranks of a launch."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def rank_and(word, *, suffix=""):
+    return int(os.environ["RANK"]), f"{word}{suffix}"
+
+
+def all_reduced():
+    value = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(value)
+    return value
+
+
+def environment(*names):
+    return {name: os.environ.get(name) for name in names} | {"threads": torch.get_num_threads()}
+
+
+def settings():
+    return os.getcwd(), [path for path in sys.path], os.getpgid(0) == os.getpid()
+
+
+def prints():
+    print("first of", os.environ["RANK"])
+    print("no newline at the end", end="")
+
+
+def raises_on(rank, then_wait=60.0):
+    if int(os.environ["RANK"]) == rank:
+        raise ValueError(f"boom on {rank}\nand a second line")
+    time.sleep(then_wait)
+
+
+def one_dies_in_all_reduce(how, pause=0.05):
+    """The last rank dies in the middle of a loop of all_reduce."""
+    for step in range(2000):
+        if step == 5 and dist.get_rank() == dist.get_world_size() - 1:
+            how()
+        dist.all_reduce(torch.ones(1000))
+        time.sleep(pause)
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exits_with(code):
+    sys.stderr.write("last words\n")
+    sys.exit(code)
+
+
+def exits_at_once(code):
+    os._exit(code)
+
+
+def leaves_a_pid_and_sleeps(folder, child=False):
+    Path(folder, f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+    if child:
+        sleeper = subprocess.Popen(["sleep", "300"])
+        Path(folder, f"child-{os.environ['RANK']}").write_text(str(sleeper.pid))
+    time.sleep(300)
+
+
+def ignores_sigterm_and_sleeps(folder):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leaves_a_pid_and_sleeps(folder)
+
+
+def leaves_a_child_and_a_thread(folder):
+    sleeper = subprocess.Popen(["sleep", "300"], preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    Path(folder, f"child-{os.environ['RANK']}").write_text(str(sleeper.pid))
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    return "done"
+
+
+def returns_something_that_cannot_be_pickled():
+    return lambda: None
+
+
+def segmentation_fault():
+    ctypes.string_at(0)
