@@ -57,6 +57,16 @@ def test_what_is_written_is_read_back(home):
     assert origin["cpu"] and origin["platform"] and origin["duration_s"] >= 0 and "T" in origin["start"]
 
 
+def test_json_is_kept_beside_the_tables(home):
+    writer = ResultWriter(NOTEBOOK, "laptop")
+    writer.json("probe", {"cells": [1, 2]})
+    with pytest.raises(InvalidInput, match="another name"):
+        writer.json("results", {})
+    writer.finish()
+    assert json.loads((writer.folder / "probe.json").read_text()) == {"cells": [1, 2]}
+    assert load("laptop", NOTEBOOK).tables == ()
+
+
 def test_no_results_is_none_and_an_unknown_table_names_those_there_are(home):
     assert load("laptop", NOTEBOOK) is None
     write().finish()

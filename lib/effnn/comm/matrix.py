@@ -61,8 +61,12 @@ class Probe:
         return next((cell for cell in self.cells if (cell.backend, cell.device, cell.operation) == wanted), None)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, atomically."""
-        return write_json(path, {"format": _FORMAT, **dataclasses.asdict(self)})
+        """Write it as JSON, atomically; `load` reads it."""
+        return write_json(path, self.as_dict())
+
+    def as_dict(self) -> dict[str, object]:
+        """What `save` writes."""
+        return {"format": _FORMAT, **dataclasses.asdict(self)}
 
 
 def load(path: str | Path) -> Probe:

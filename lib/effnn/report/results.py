@@ -120,6 +120,12 @@ class ResultWriter:
         text = frame.to_csv(index=keep_index, float_format="%.10g", lineterminator="\n")
         return self._keep(f"{_name('table', name)}.csv", text.encode())
 
+    def json(self, name: str, value: object) -> Path:
+        """Keep a value as <name>.json, for what is no table (a saved probe, a curve's fit); returns that path."""
+        if f"{_name('file', name)}.json" == FILE:
+            raise InvalidInput(f"{FILE} is written by finish(); choose another name than {name!r}")
+        return self._keep(f"{name}.json", (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
     def figure(self, name: str, figure: Figure, *, caption: str = "", claims: Iterable[str] = ()) -> Path:
         """Keep a figure as <name>.svg and <name>.png, equal bytes for equal content; returns the SVG's path.
 

@@ -1,0 +1,118 @@
+"""Notebook 06's tables and figures: the talk's table is read right, and the comparison marks what differs."""
+
+import pandas as pd
+import pytest
+
+from effnn.base import InvalidInput
+from effnn.comm import matrix, network
+from effnn.comm.operations import OPERATIONS, SPARSE
+from effnn.experiments import backends, backends_figures
+
+# The slide: CPU and GPU of each backend; y yes, x no, ? depends.
+SLIDE = """
+               gloo   mpi    nccl
+send           y x    y ?    x y
+recv           y x    y ?    x y
+broadcast      y y    y ?    x y
+all_reduce     y y    y ?    x y
+reduce         y x    y ?    x y
+all_gather     y x    y ?    x y
+gather         y x    y ?    x y
+scatter        y x    y ?    x x
+reduce_scatter x x    x x    x y
+all_to_all     x x    y ?    x y
+barrier        y y    y ?    x y
+"""
+
+
+def slide():
+    lines = [line.split() for line in SLIDE.strip().splitlines()[1:]]
+    columns = [(backend, device) for backend in ("gloo", "mpi", "nccl") for device in ("cpu", "cuda")]
+    words = {"y": "yes", "x": "no", "?": "?"}
+    return {(*column, line[0]): words[mark] for line in lines for column, mark in zip(columns, line[1:], strict=True)}
+
+
+def probe(**changes):
+    """gloo and ccl answer on the CPU, everything else is missing; `changes`: operation of gloo -> status."""
+    cells = []
+    for backend, device in (*backends.COLUMNS, *backends.OURS):
+        for operation in [*OPERATIONS, *SPARSE]:
+            status, how, message = "not built", "", f"{backend} is missing"
+            if device == "cpu" and backend in ("gloo", "ccl"):
+                status, how, message = changes.get(operation, "ok") if backend == "gloo" else "ok", "native", ""
+            cells.append(matrix.Cell(backend, device, operation, status, how if status == "ok" else "", message))
+    return matrix.Probe("here", "now", 2, {}, tuple(cells))
+
+
+def test_the_talks_table_is_the_slides():
+    table = backends.talk_table()
+    read = {(row.backend, row.device, row.operation): row.supported for row in table.itertuples()}
+    assert read == slide()
+
+
+@pytest.mark.parametrize("note", ["all", "send recv; and others"])
+def test_a_row_in_other_words_is_refused(note):
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        backends._read(note)
+
+
+def test_cells_that_differ_are_marked_and_the_others_are_not():
+    table = backends.compare(probe(broadcast="wrong result")).set_index(["backend", "device", "operation"]).sort_index()
+    assert len(table) == 8 * 11
+    gloo = table.loc[("gloo", "cpu")]
+    assert set(gloo.index[gloo.differs.eq(True)]) == {"broadcast", "reduce_scatter", "all_to_all"}
+    assert "torch has added" in gloo.story["all_to_all"]
+    assert table.loc[("gloo", "cuda")].differs.isna().all()  # no device here: no verdict
+    assert table.loc[("mpi", "cpu")].differs.isna().all()
+    assert table.loc[("nccl", "cpu")].differs.eq(False).all()  # by its nature, wherever it is asked
+    assert table.loc[("ccl", "cpu")].differs.isna().all()  # not in the talk
+
+
+def test_only_native_sums_count_for_sparse_tensors():
+    assert backends.sparse_backends(backends.sparse_table(probe())) == ["ccl", "gloo"]
+    broken = backends.sparse_table(probe(**{"sparse all_reduce, int8": "error"}))
+    assert backends.sparse_backends(broken) == ["ccl"]
+    assert len(broken) == 6
+
+
+def times():
+    rows = [
+        {"launch": launch, "backend": name, "bytes": size, "round": number, "ms": ms * (1 + number), "calls": 2}
+        for launch in range(3)
+        for name, ms in (("gloo", 4.0), ("ccl", 2.0 + launch))
+        for size in (4096, 1 << 20)
+        for number in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_ratios_are_of_medians_launch_by_launch():
+    assert backends.ratios(times(), 4096) == [0.5, 0.75, 1.0]
+    assert backends.ratios(times(), 4096, above="mpi4py") == []
+    row = backends.medians(times()).query("backend == 'gloo' and bytes == 1048576").iloc[0]
+    assert row.ms == 8.0 and row.gb_s == pytest.approx(1048576 / 8.0e-3 / 1e9)
+
+
+def test_the_matrix_figure_shows_both_tables_and_frames_what_differs():
+    figure = backends_figures.draw_matrix(backends.compare(probe()))
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts].count("?") == 10
+    shown = [text.get_text() for text in right.texts]
+    assert shown.count("yes") == 22 and shown.count("n/a") == 55 and shown.count("no") == 11
+    framed = [patch for patch in right.patches if patch.get_linewidth() > 2]
+    assert len(framed) == 2
+
+
+def test_the_times_figure_draws_every_backend_and_both_limits():
+    figure = backends_figures.draw_times(times(), {"loopback exchange": 3.0, "memory copy": 20.0})
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["gloo", "oneCCL"]
+    assert list(left.lines[0].get_ydata()) == pytest.approx([8.0, 8.0])
+    assert {"loopback exchange", "memory copy"} <= {line.get_label() for line in right.lines}
+
+
+def test_without_emulated_nodes_the_computed_figure_says_so(monkeypatch):
+    monkeypatch.setattr(network, "unavailable", lambda: "user namespaces are not permitted")
+    row = backends.emulated_all_reduce(200, 10_000_000)
+    assert row["ms"] is None and row["why"].startswith("user namespaces")
+    assert row["model_ms"] == pytest.approx(1e3 * 8e7 / (0.957 * 200e6), rel=0.01)
