@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput, NotAvailable
-from effnn.comm.process_group import LaneProcessGroup, _flat
+from effnn.comm.layout import as_bytes, flat_view
+from effnn.comm.process_group import LaneProcessGroup
 from effnn.comm.work import Call, Lane, LaneWork, LibraryError, Request
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env), which has mpi4py and Intel MPI"
@@ -214,10 +215,10 @@ class MPIProcessGroup(LaneProcessGroup):
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> LaneWork:
         (tensor,) = tensors
-        flat = _flat(tensor)
+        flat = flat_view(tensor)
         return self._issue(
             f"send to rank {rank}",
-            lambda: _Wait(self._communicator.Isend(_buffer(_as_bytes(flat), self._mpi), rank, tag)),
+            lambda: _Wait(self._communicator.Isend(_buffer(as_bytes(flat), self._mpi), rank, tag)),
             [tensor],
         )
 
@@ -229,11 +230,11 @@ class MPIProcessGroup(LaneProcessGroup):
 
     def _receive(self, tensors: list[Tensor], rank: int, tag: int) -> LaneWork:
         (tensor,) = tensors
-        flat = _flat(tensor)
+        flat = flat_view(tensor)
         status = self._mpi.Status()
 
         def start() -> Request:
-            return _Wait(self._communicator.Irecv(_buffer(_as_bytes(flat), self._mpi), rank, tag), status=status)
+            return _Wait(self._communicator.Irecv(_buffer(as_bytes(flat), self._mpi), rank, tag), status=status)
 
         def finish() -> None:
             if not tensor.is_contiguous():
@@ -275,10 +276,6 @@ def _widened(flat: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         return flat, None
     wide = flat.float()
     return wide, lambda: flat.copy_(wide)
-
-
-def _as_bytes(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
 def _buffer(flat: Tensor, mpi, parts: int = 1) -> list:

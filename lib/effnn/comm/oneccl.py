@@ -23,8 +23,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PythonCallbackWork
 
 from effnn.base import InvalidInput
+from effnn.comm.layout import flat_view
 from effnn.comm.oneccl_library import OPERATIONS, TYPES, Communicator, library
-from effnn.comm.process_group import LaneProcessGroup, _flat
+from effnn.comm.process_group import LaneProcessGroup
 from effnn.comm.work import Call, Lane
 
 _TYPE_NUMBERS = {
@@ -168,7 +169,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = tensors
-        return self._gloo().send([_flat(tensor).view(torch.uint8)], rank, tag)
+        return self._gloo().send([flat_view(tensor).view(torch.uint8)], rank, tag)
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         return self._receive(tensors, lambda buffer: self._gloo().recv([buffer], rank, tag))
@@ -179,8 +180,8 @@ class OneCCLProcessGroup(LaneProcessGroup):
     def _receive(self, tensors: list[Tensor], start: Callable[[Tensor], dist.Work]) -> dist.Work:
         (tensor,) = tensors
         if tensor.is_contiguous():
-            return start(_flat(tensor).view(torch.uint8))
-        flat = _flat(tensor)
+            return start(flat_view(tensor).view(torch.uint8))
+        flat = flat_view(tensor)
         work = start(flat.view(torch.uint8))
 
         def wait(timeout: timedelta) -> bool:

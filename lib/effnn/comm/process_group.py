@@ -10,24 +10,17 @@ Tensors on other devices go to the backend that the group's configuration names 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
+from effnn.comm.checks import Checks
+from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, single, then
 from effnn.comm.other_devices import other_device_group
+from effnn.comm.requests import AllOf, Steps
 from effnn.comm.work import Call, Lane, LaneWork, Request
-
-REDUCED_TYPES = (
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64,
-)  # fmt: skip
-"""Types that may be summed, multiplied and compared. Others are only moved, byte by byte."""
-
-OPERATIONS = ("sum", "product", "min", "max", "avg")
-
-Finish = Callable[[], None] | None
 
 
 class LaneProcessGroup(dist.ProcessGroup):
@@ -43,6 +36,7 @@ class LaneProcessGroup(dist.ProcessGroup):
         super().__init__(rank, size)
         self._lane, self._store, self._rank, self._size = lane, store, rank, size
         self._timeout = timeout.total_seconds()
+        self._checks = Checks(self.NAME, size)
         self._closed = False
         self._name = self._description = ""
         self._others: dict[str, dist.ProcessGroup] = {}  # device type -> group for tensors that are not on the CPU
@@ -94,7 +88,7 @@ class LaneProcessGroup(dist.ProcessGroup):
     # Collectives, under torch's names.
 
     def allreduce(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
-        (tensor,) = _single("all_reduce", tensors)
+        (tensor,) = single("all_reduce", tensors)
         if tensor.layout is torch.sparse_coo:
             return self._sparse_all_reduce(tensor, opts)
         return self.allreduce_coalesced(tensors, opts)
@@ -103,50 +97,50 @@ class LaneProcessGroup(dist.ProcessGroup):
         other = self._other("allreduce_coalesced", tensors, tensors, opts)
         if other is not None:
             return other
-        operation = self._operation("all_reduce", opts, tensors)
+        operation = self._checks.operation("all_reduce", opts, tensors)
 
         def start() -> list[Request | None]:
             return [self._run_all_reduce(flat, operation) for flat in buffers if flat.numel()]
 
-        buffers, finish = _flat_in_place(tensors)
-        return self._issue("all_reduce", start, tensors, _then(_divide(buffers, operation, self._size), finish), opts)
+        buffers, finish = flat_in_place(tensors)
+        return self._issue("all_reduce", start, tensors, then(divide(buffers, operation, self._size), finish), opts)
 
     def broadcast(self, tensors: list[Tensor], opts: object) -> LaneWork:
-        (tensor,) = _single("broadcast", tensors)
-        root = self._root("broadcast", opts.rootRank)
+        (tensor,) = single("broadcast", tensors)
+        root = self._checks.root("broadcast", opts.rootRank)
         other = self._other("broadcast", tensors, tensors, opts)
         if other is not None:
             return other
-        (flat,), finish = _flat_in_place([tensor], receives=self._rank != root)
-        return self._issue("broadcast", lambda: self._run_broadcast(_bytes(flat), root), [tensor], finish, opts, flat)
+        (flat,), finish = flat_in_place([tensor], receives=self._rank != root)
+        return self._issue("broadcast", lambda: self._run_broadcast(as_bytes(flat), root), [tensor], finish, opts, flat)
 
     def reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
-        (tensor,) = _single("reduce", tensors)
-        root = self._root("reduce", opts.rootRank)
+        (tensor,) = single("reduce", tensors)
+        root = self._checks.root("reduce", opts.rootRank)
         other = self._other("reduce", tensors, tensors, opts)
         if other is not None:
             return other
-        operation = self._operation("reduce", opts, tensors)
-        (flat,), finish = _flat_in_place([tensor], receives=self._rank == root)
+        operation = self._checks.operation("reduce", opts, tensors)
+        (flat,), finish = flat_in_place([tensor], receives=self._rank == root)
         if self._rank == root:
-            finish = _then(_divide([flat], operation, self._size), finish)
+            finish = then(divide([flat], operation, self._size), finish)
         return self._issue("reduce", lambda: self._run_reduce(flat, root, operation), [tensor], finish, opts, flat)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None) -> LaneWork:
-        (tensor,), (parts,) = _single("all_gather", inputs), _single("all_gather", outputs)
+        (tensor,), (parts,) = single("all_gather", inputs), single("all_gather", outputs)
         other = self._other("allgather", [tensor, *parts], outputs, inputs, opts)
         if other is not None:
             return other
-        self._expect_parts("all_gather", parts, tensor, mine=self._rank)
+        self._checks.parts("all_gather", parts, tensor, mine=self._rank)
         if len({part.numel() for part in parts}) > 1:
             return self._allgather_uneven(parts, tensor, opts)
-        flat = _flat(tensor)
+        flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel())
         return self._issue(
             "all_gather",
-            lambda: self._run_all_gather(_bytes(output), _bytes(flat)),
+            lambda: self._run_all_gather(as_bytes(output), as_bytes(flat)),
             parts,
-            lambda: _fill(parts, output),
+            lambda: fill(parts, output),
             opts,
             flat,
         )
@@ -163,17 +157,17 @@ class LaneProcessGroup(dist.ProcessGroup):
             )
         columns = list(zip(*output_lists, strict=True))
         for tensor, parts in zip(inputs, columns, strict=True):
-            self._expect_parts("all_gather", parts, tensor)
-        flats = [_flat(tensor) for tensor in inputs]
+            self._checks.parts("all_gather", parts, tensor)
+        flats = [flat_view(tensor) for tensor in inputs]
         outputs = [flat.new_empty(self._size * flat.numel()) for flat in flats]
 
         def start() -> list[Request | None]:
             pairs = zip(outputs, flats, strict=True)
-            return [self._run_all_gather(_bytes(out), _bytes(flat)) for out, flat in pairs if flat.numel()]
+            return [self._run_all_gather(as_bytes(out), as_bytes(flat)) for out, flat in pairs if flat.numel()]
 
         def finish() -> None:
             for parts, output in zip(columns, outputs, strict=True):
-                _fill(parts, output)
+                fill(parts, output)
 
         return self._issue("all_gather", start, [part for parts in columns for part in parts], finish, opts)
 
@@ -184,54 +178,54 @@ class LaneProcessGroup(dist.ProcessGroup):
         other = self._other("all_gather_single_coalesced", [*outputs, *inputs], outputs, inputs, opts)
         if other is not None:
             return other
-        self._expect_ratio("all_gather_into_tensor", outputs, inputs)
-        flats = [_flat(tensor) for tensor in inputs]
-        targets, finish = _flat_in_place(outputs)
+        self._checks.ratio("all_gather_into_tensor", outputs, inputs)
+        flats = [flat_view(tensor) for tensor in inputs]
+        targets, finish = flat_in_place(outputs)
 
         def start() -> list[Request | None]:
             pairs = zip(targets, flats, strict=True)
-            return [self._run_all_gather(_bytes(out), _bytes(flat)) for out, flat in pairs if flat.numel()]
+            return [self._run_all_gather(as_bytes(out), as_bytes(flat)) for out, flat in pairs if flat.numel()]
 
         return self._issue("all_gather", start, outputs, finish, opts)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> LaneWork:
-        (tensor,) = _single("gather", inputs)
-        root = self._root("gather", opts.rootRank)
+        (tensor,) = single("gather", inputs)
+        root = self._checks.root("gather", opts.rootRank)
         other = self._other("gather", inputs, outputs, inputs, opts)
         if other is not None:
             return other
         here = self._rank == root
-        parts = _single("gather", outputs)[0] if here else []
+        parts = single("gather", outputs)[0] if here else []
         if here:
-            self._expect_equal("gather", parts, tensor)
-        flat = _flat(tensor)
+            self._checks.parts("gather", parts, tensor)
+        flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel()) if here or self._gathers_everywhere else flat.new_empty(0)
         return self._issue(
             "gather",
-            lambda: self._run_gather(_bytes(output), _bytes(flat), root),
+            lambda: self._run_gather(as_bytes(output), as_bytes(flat), root),
             parts,
-            (lambda: _fill(parts, output)) if here else None,
+            (lambda: fill(parts, output)) if here else None,
             opts,
             flat,
         )
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object) -> LaneWork:
-        (tensor,) = _single("scatter", outputs)
-        root = self._root("scatter", opts.rootRank)
+        (tensor,) = single("scatter", outputs)
+        root = self._checks.root("scatter", opts.rootRank)
         other = self._other("scatter", outputs, outputs, inputs, opts)
         if other is not None:
             return other
         here = self._rank == root
-        (flat,), finish = _flat_in_place([tensor])
+        (flat,), finish = flat_in_place([tensor])
         if here:
-            parts = _single("scatter", inputs)[0]
-            self._expect_equal("scatter", parts, tensor)
-            source = torch.cat([_flat(part) for part in parts])
+            parts = single("scatter", inputs)[0]
+            self._checks.parts("scatter", parts, tensor)
+            source = torch.cat([flat_view(part) for part in parts])
         else:
             source = flat.new_empty(self._size * flat.numel() if self._gathers_everywhere else 0)
         return self._issue(
             "scatter",
-            lambda: self._run_scatter(_bytes(flat), _bytes(source), root),
+            lambda: self._run_scatter(as_bytes(flat), as_bytes(source), root),
             [tensor],
             finish,
             opts,
@@ -239,16 +233,16 @@ class LaneProcessGroup(dist.ProcessGroup):
         )
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None) -> LaneWork:
-        (output,), (parts,) = _single("reduce_scatter", outputs), _single("reduce_scatter", inputs)
+        (output,), (parts,) = single("reduce_scatter", outputs), single("reduce_scatter", inputs)
         other = self._other("reduce_scatter", [output, *parts], outputs, inputs, opts)
         if other is not None:
             return other
-        self._expect_parts("reduce_scatter", parts, output, mine=self._rank)
-        operation = self._operation("reduce_scatter", opts, parts)
-        (target,), finish = _flat_in_place([output])
-        finish = _then(_divide([target], operation, self._size), finish)
+        self._checks.parts("reduce_scatter", parts, output, mine=self._rank)
+        operation = self._checks.operation("reduce_scatter", opts, parts)
+        (target,), finish = flat_in_place([output])
+        finish = then(divide([target], operation, self._size), finish)
         if len({part.numel() for part in parts}) == 1:
-            flat = torch.cat([_flat(part) for part in parts])
+            flat = torch.cat([flat_view(part) for part in parts])
             return self._issue(
                 "reduce_scatter",
                 lambda: self._run_reduce_scatter(target, flat, operation),
@@ -257,14 +251,14 @@ class LaneProcessGroup(dist.ProcessGroup):
                 opts,
                 target,
             )
-        copies = [_flat(part).clone() for part in parts]
+        copies = [flat_view(part).clone() for part in parts]
 
         def start() -> list[Request | None]:
             # Parts of different sizes: one reduction a rank.
             return [self._run_reduce(part, root, operation) for root, part in enumerate(copies) if part.numel()]
 
         return self._issue(
-            "reduce_scatter", start, [output], _then(lambda: target.copy_(copies[self._rank]), finish), opts
+            "reduce_scatter", start, [output], then(lambda: target.copy_(copies[self._rank]), finish), opts
         )
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
@@ -276,16 +270,16 @@ class LaneProcessGroup(dist.ProcessGroup):
         other = self._other("reduce_scatter_single_coalesced", [*outputs, *inputs], outputs, inputs, opts)
         if other is not None:
             return other
-        self._expect_ratio("reduce_scatter_tensor", inputs, outputs)
-        operation = self._operation("reduce_scatter", opts, inputs)
-        flats = [_flat(tensor) for tensor in inputs]
-        targets, finish = _flat_in_place(outputs)
+        self._checks.ratio("reduce_scatter_tensor", inputs, outputs)
+        operation = self._checks.operation("reduce_scatter", opts, inputs)
+        flats = [flat_view(tensor) for tensor in inputs]
+        targets, finish = flat_in_place(outputs)
 
         def start() -> list[Request | None]:
             pairs = zip(targets, flats, strict=True)
             return [self._run_reduce_scatter(out, flat, operation) for out, flat in pairs if flat.numel()]
 
-        finish = _then(_divide(targets, operation, self._size), finish)
+        finish = then(divide(targets, operation, self._size), finish)
         return self._issue("reduce_scatter", start, outputs, finish, opts)
 
     def all_to_all_single(
@@ -303,7 +297,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             return other
         if output.dtype != tensor.dtype:
             raise InvalidInput(f"all_to_all: output is {output.dtype}, input {tensor.dtype}; expected the same")
-        flat, ((target,), finish) = _flat(tensor), _flat_in_place([output])
+        flat, ((target,), finish) = flat_view(tensor), flat_in_place([output])
         if not output_splits and not input_splits:
             if tensor.numel() % self._size or output.numel() != tensor.numel():
                 raise InvalidInput(
@@ -311,10 +305,15 @@ class LaneProcessGroup(dist.ProcessGroup):
                     f"must be equal and divisible by the world size {self._size}"
                 )
             return self._issue(
-                "all_to_all", lambda: self._run_all_to_all(_bytes(target), _bytes(flat)), [output], finish, opts, flat
+                "all_to_all",
+                lambda: self._run_all_to_all(as_bytes(target), as_bytes(flat)),
+                [output],
+                finish,
+                opts,
+                flat,
             )
-        received = self._splits("output", output, output_splits)
-        sent = self._splits("input", tensor, input_splits)
+        received = self._checks.splits("output", output, output_splits)
+        sent = self._checks.splits("input", tensor, input_splits)
         start = self._uneven_all_to_all(target, flat, received, sent)
         return self._issue("all_to_all", start, [output], finish, opts)
 
@@ -328,7 +327,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             )
         if len({tensor.dtype for tensor in [*outputs, *inputs]}) > 1:
             raise InvalidInput("all_to_all: all tensors must be of one type")
-        flat = torch.cat([_flat(tensor) for tensor in inputs])
+        flat = torch.cat([flat_view(tensor) for tensor in inputs])
         received, sent = [t.numel() for t in outputs], [t.numel() for t in inputs]
         target = flat.new_empty(sum(received))
         start = self._uneven_all_to_all(target, flat, received, sent)
@@ -431,7 +430,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             if flat is not None and not flat.numel():
                 return None
             begun = start()
-            return _All.of(begun) if isinstance(begun, list) else begun
+            return AllOf.of(begun) if isinstance(begun, list) else begun
 
         call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source)
         return self._lane.submit(call)
@@ -442,70 +441,13 @@ class LaneProcessGroup(dist.ProcessGroup):
         asked = asked.total_seconds() if asked is not None else 0.0
         return asked if asked > 0 else self._timeout
 
-    def _operation(self, name: str, opts: object, tensors: Sequence[Tensor]) -> str:
-        """Name of the reduction asked for, checked against the tensors' types."""
-        asked = opts.reduceOp if opts is not None else dist.ReduceOp.SUM
-        operation = next((known for known in OPERATIONS if asked == getattr(dist.ReduceOp, known.upper())), None)
-        if operation is None:
-            raise InvalidInput(
-                f"{name} over {self.NAME} knows {', '.join(OPERATIONS)}; another operation was asked for"
-            )
-        for tensor in tensors:
-            if tensor.dtype not in REDUCED_TYPES:
-                known = ", ".join(str(kind).removeprefix("torch.") for kind in REDUCED_TYPES)
-                raise InvalidInput(f"{name} over {self.NAME} takes {known}, not {tensor.dtype}")
-            if operation == "avg" and not tensor.is_floating_point():
-                raise InvalidInput(f"{name}: avg needs a floating type, not {tensor.dtype}; take sum and divide")
-        return operation
-
-    def _root(self, name: str, root: int) -> int:
-        if not 0 <= root < self._size:
-            raise InvalidInput(f"{name}: root {root} is not a rank of this group of {self._size}")
-        return root
-
-    def _expect_parts(self, name: str, parts: Sequence[Tensor], tensor: Tensor, mine: int | None = None) -> None:
-        """One part a rank, of one type; that of rank `mine` (None: every one) of the tensor's size."""
-        if len(parts) != self._size:
-            raise InvalidInput(f"{name}: expected {self._size} tensors, one a rank, got {len(parts)}")
-        if any(part.dtype != tensor.dtype for part in parts):
-            raise InvalidInput(f"{name}: expected every tensor to be {tensor.dtype}")
-        for part in parts if mine is None else [parts[mine]]:
-            if part.numel() != tensor.numel():
-                raise InvalidInput(
-                    f"{name}: expected a tensor of {tensor.numel()} elements for each rank, got {part.numel()}"
-                )
-
-    def _expect_equal(self, name: str, parts: Sequence[Tensor], tensor: Tensor) -> None:
-        self._expect_parts(name, parts, tensor)
-
-    def _expect_ratio(self, name: str, large: Sequence[Tensor], small: Sequence[Tensor]) -> None:
-        for one, other in zip(large, small, strict=True):
-            if one.dtype != other.dtype or one.numel() != self._size * other.numel():
-                raise InvalidInput(
-                    f"{name}: the larger tensor must have {self._size} (the world size) times the elements of the "
-                    f"smaller and its type; got {one.numel()} {one.dtype} and {other.numel()} {other.dtype}"
-                )
-
-    def _splits(self, which: str, tensor: Tensor, splits: Sequence[int]) -> list[int]:
-        """Split sizes along dimension 0, as numbers of elements."""
-        rows, width = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.dim() else (1, 1)
-        if not splits:
-            if rows % self._size:
-                raise InvalidInput(f"all_to_all: {rows} rows of the {which} do not divide by {self._size} ranks")
-            splits = [rows // self._size] * self._size
-        if len(splits) != self._size or sum(splits) != rows or min(splits) < 0:
-            raise InvalidInput(
-                f"all_to_all: {which} split sizes {list(splits)} must be {self._size} numbers that sum to {rows}"
-            )
-        return [rows * width for rows in splits]
-
     def _allgather_uneven(self, parts: Sequence[Tensor], tensor: Tensor, opts: object) -> LaneWork:
         """Parts of different sizes, known on every rank: one broadcast a rank."""
-        flat = _flat(tensor)
-        buffers = [flat if rank == self._rank else _flat(part).clone() for rank, part in enumerate(parts)]
+        flat = flat_view(tensor)
+        buffers = [flat if rank == self._rank else flat_view(part).clone() for rank, part in enumerate(parts)]
 
         def start() -> list[Request | None]:
-            return [self._run_broadcast(_bytes(part), root) for root, part in enumerate(buffers) if part.numel()]
+            return [self._run_broadcast(as_bytes(part), root) for root, part in enumerate(buffers) if part.numel()]
 
         def finish() -> None:
             for part, buffer in zip(parts, buffers, strict=True):
@@ -518,7 +460,7 @@ class LaneProcessGroup(dist.ProcessGroup):
         other = self._other("allreduce", [tensor], [tensor], opts)
         if other is not None:
             return other
-        operation = self._operation("all_reduce", opts, [tensor])
+        operation = self._checks.operation("all_reduce", opts, [tensor])
         if operation not in ("sum", "avg"):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
         mine = tensor.detach().coalesce()
@@ -534,7 +476,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             padded[: len(part)] = part
             sent.append(padded)
             every = part.new_empty(self._size, *padded.shape)
-            return every, self._run_all_gather(_bytes(every.view(-1)), _bytes(padded.view(-1)))
+            return every, self._run_all_gather(as_bytes(every.view(-1)), as_bytes(padded.view(-1)))
 
         def steps() -> Iterator[Request | None]:
             lengths, request = gather(torch.tensor([len(rows)]), 1)
@@ -551,7 +493,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             with torch.no_grad():  # a sparse tensor's detach() would keep the new indices to itself
                 tensor.copy_(total / self._size if operation == "avg" else total)
 
-        return self._issue("sparse all_reduce", lambda: _Steps.of(steps()), [tensor], opts=opts)
+        return self._issue("sparse all_reduce", lambda: Steps.of(steps()), [tensor], opts=opts)
 
     def _other(self, method: str, tensors: Sequence[Tensor], *arguments: object) -> dist.Work | None:
         """Run the call elsewhere if its tensors are not on the CPU; None if they are."""
@@ -569,97 +511,3 @@ class LaneProcessGroup(dist.ProcessGroup):
             timeout = timedelta(seconds=self._timeout)
             self._others[device] = other_device_group(self, device, self._store, self._rank, self._size, timeout)
         return self._others[device]
-
-
-class _All:
-    """Several requests as one."""
-
-    def __init__(self, requests: list[Request]):
-        self._requests = requests
-
-    @staticmethod
-    def of(requests: list[Request | None]) -> Request | None:
-        waiting = [request for request in requests if request is not None]
-        return _All(waiting) if waiting else None
-
-    def test(self) -> bool:
-        self._requests = [request for request in self._requests if not request.test()]
-        return not self._requests
-
-
-class _Steps:
-    """A call of several steps, each of which begins when the one before has ended."""
-
-    def __init__(self, steps: Iterator[Request | None]):
-        self._steps, self._request = steps, None
-
-    @staticmethod
-    def of(steps: Iterator[Request | None]) -> Request | None:
-        call = _Steps(steps)
-        return None if call.test() else call
-
-    def test(self) -> bool:
-        while self._request is None or self._request.test():
-            try:
-                self._request = next(self._steps)
-            except StopIteration:
-                return True
-        return False
-
-
-def _single(name: str, values: Sequence) -> Sequence:
-    if len(values) != 1:
-        raise InvalidInput(f"{name}: expected one tensor (or list of them) a rank, got {len(values)}")
-    return values
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The values in order, contiguous: a view where that is possible."""
-    return tensor.detach().contiguous().view(-1)
-
-
-def _flat_in_place(tensors: Sequence[Tensor], receives: bool = True) -> tuple[list[Tensor], Finish]:
-    """Flat buffers for tensors that a call overwrites, and what copies back those that could not be used in place."""
-    flats = [_flat(tensor) for tensor in tensors]
-    copied = [
-        (tensor, flat) for tensor, flat in zip(tensors, flats, strict=True) if not tensor.is_contiguous() and receives
-    ]
-
-    def copy_back() -> None:
-        for tensor, flat in copied:
-            tensor.detach().copy_(flat.view(tensor.shape))
-
-    return flats, copy_back if copied else None
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    """The same memory as bytes: movement needs no type."""
-    return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
-
-
-def _fill(parts: Sequence[Tensor], flat: Tensor) -> None:
-    for part, values in zip(parts, flat.view(len(parts), -1), strict=True):
-        part.detach().copy_(values.view(part.shape))
-
-
-def _divide(flats: Sequence[Tensor], operation: str, size: int) -> Finish:
-    """An average is a sum, then divided."""
-    if operation != "avg":
-        return None
-
-    def divide() -> None:
-        for flat in flats:
-            flat.div_(size)
-
-    return divide
-
-
-def _then(first: Finish, second: Finish) -> Finish:
-    if first is None or second is None:
-        return first or second
-
-    def both() -> None:
-        first()
-        second()
-
-    return both
