@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 from effnn.base import InvalidInput
 from effnn.comm import CollectiveFailed, CollectiveTimeout
-from effnn.comm.checks import REDUCED_TYPES
+from effnn.comm.arguments import REDUCED_TYPES
 from effnn.comm.process_group import LaneProcessGroup
 
 CHECKS = {}

@@ -222,10 +222,9 @@ def test_a_result_counts_though_its_rank_does_not_end_and_children_left_behind_a
 
 
 @BOTH
-def test_workers_end_when_the_launcher_is_killed(backend, tmp_path):
+def test_workers_end_when_the_launcher_is_killed_and_the_next_start_removes_its_folder(backend, tmp_path, monkeypatch):
     call = f"run('comm_workers:leaves_a_pid_and_sleeps', 2, {backend!r}, args=({str(tmp_path)!r},))"
     script = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\nfrom effnn.comm.launch import run\n{call}"
-    # Its folder is what a killed launcher does leave behind.
     launcher = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
         processes = pids(tmp_path, ["rank-0", "rank-1"], within=9)
@@ -233,6 +232,22 @@ def test_workers_end_when_the_launcher_is_killed(backend, tmp_path):
         launcher.kill()
         launcher.wait()
     assert all_gone(processes, within=5)
+    assert len(list(tmp_path.glob("effnn-launch-*"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launch._private_folder().cleanup()
+    assert not list(tmp_path.glob("effnn-launch-*"))
+
+
+def test_only_folders_of_launchers_that_are_gone_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with launch._private_folder() as running:
+        *_, place, pid, started, _ = Path(running).name.split("-")
+        gone = [f"effnn-launch-{place}-{pid}-1-ab", f"effnn-launch-{place}-{2**22 + 1}-{started}-cd"]
+        kept = [Path(running).name, f"effnn-launch-00000000-{pid}-1-ab", f"effnn-launch-{place}-notes", "effnn-launch"]
+        for name in [*gone, *kept[1:]]:
+            (tmp_path / name / "stdout-0").mkdir(parents=True)
+        launch._private_folder().cleanup()
+        assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
 def test_ctrl_c_ends_the_workers_before_it_goes_on(tmp_path):

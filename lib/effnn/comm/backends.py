@@ -67,13 +67,15 @@ def init_process_group(
 
     Raises NotAvailable with the sentence of `unavailable`.
     """
+    register()
+    ours = False
     for name in _names(backend):
         if name in BACKENDS:
             reason = unavailable(name)
-            # A mixed configuration may name a device that is not here: torch asks for it only when it is used.
-            if reason is not None and not (":" in backend and DEVICES[name] == ("cuda",)):
+            # Behind a group of ours a mixed configuration may name what is not here: it is made only when it is used.
+            if reason is not None and not (ours and DEVICES[name] == ("cuda",)):
                 raise NotAvailable(f"{backend}: {reason}")
-    register()
+        ours = ours or name == "mpi4py" or (name == "ccl" and ccl_provider() == "effnn")
     if backend == "mpi4py" and init_method is None and "MASTER_ADDR" not in os.environ:
         from effnn.comm import mpi
 
@@ -121,6 +123,7 @@ def import_intels_bindings() -> bool:
             return False
         importlib.import_module(INTEL_BINDINGS)
     except Exception:  # built for another torch: undefined symbols, missing libraries, anything
+        dist.Backend._plugins.pop("CCL", None)  # what it may have registered before it failed
         return False
     _bindings_registered = _registered("ccl")
     return _bindings_registered

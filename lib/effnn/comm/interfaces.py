@@ -9,7 +9,7 @@ import sys
 def communication_interface() -> str:
     """Name of an interface: what the user set (EFFNN_INTERFACE, GLOO_SOCKET_IFNAME), else the one towards MASTER_ADDR.
 
-    Without MASTER_ADDR, or with this machine's own, the loopback interface.
+    Without MASTER_ADDR, or with one of 127.x.x.x, the loopback interface.
     """
     for variable in ("EFFNN_INTERFACE", "GLOO_SOCKET_IFNAME"):
         if os.environ.get(variable):

@@ -9,35 +9,30 @@ A function should end with its last collective complete on all ranks (a barrier,
 rank that returns leaves the group at once, and a peer that still waits for it gets a lost connection.
 """
 
-import logging
 import os
 import pickle
+import platform
+import re
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from effnn.base import EffnnError, InvalidInput, NotAvailable
 from effnn.comm import mpi, worker
-from effnn.comm.interfaces import loopback
 from effnn.comm.network import Node
+from effnn.comm.ranks import POLL, MpiRanks, Output, Ranks
 from effnn.comm.worker import Job, Report
 
-logger = logging.getLogger(__name__)
-
-POLL = 0.05  # seconds between two looks at the ranks: short against their start (a second), free of charge to them
 LINGER = 5.0  # seconds that a rank has to end once every rank has its result
 TERMINATE = 2.0  # seconds between SIGTERM and SIGKILL
-STDERR_TAIL = 4000  # bytes
 
 STILL_RUNNING = "still running when the time limit ended it"
-NOT_INHERITED = {"RANK", "LOCAL_RANK", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
-NOT_INHERITED_PREFIXES = ("TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_")
-"""What an outer torchrun or mpiexec has set for its own ranks."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +126,16 @@ def run_outcomes(
     _check(world_size, backend, nodes, timeout, threads)
     job = _job(fn, tuple(args), dict(kwargs or {}), backend, group_timeout)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="effnn-launch-", ignore_cleanup_errors=True) as name:
+    with _private_folder() as name:
         folder = Path(name)
         (folder / "job").write_bytes(pickle.dumps(job))
-        output = _Output(folder, world_size)
-        ranks = (_MpiRanks if backend == "mpi4py" else _Ranks)(folder, world_size)
+        output = Output(folder, world_size)
+        ranks = (MpiRanks if backend == "mpi4py" else Ranks)(folder, world_size)
         try:
             ranks.start(nodes, threads, env or {})
             reports = _wait(ranks, output, started, timeout, grace)
         finally:
-            ranks.end()
+            ranks.end(TERMINATE)
             output.pass_on(last=True)
         return [_outcome(rank, reports[rank], ranks, started) for rank in range(world_size)]
 
@@ -184,33 +179,24 @@ def _job(fn: Callable | str, args: tuple, kwargs: dict, backend: str | None, gro
     return Job(call, main, backend, group_timeout, launcher, tuple(sys.path))
 
 
-def _environment(rank: int | None, size: int, nodes: list[Node] | None, threads: int, env: Mapping) -> dict[str, str]:
-    """Variables of one rank; with rank None those that hold for every rank (mpiexec hands out the ranks itself)."""
-    result = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in NOT_INHERITED and not name.startswith(NOT_INHERITED_PREFIXES)
-    }
-    per_node = size // len(nodes or [None])
-    node = None if nodes is None else nodes[rank // per_node]
-    here = str(Path(__file__).resolve().parents[2])  # effnn must be found before the job, with its sys.path, is read
-    result |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
-        "MASTER_ADDR": nodes[0].address if nodes else "127.0.0.1",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(per_node),
-        "GROUP_RANK": str((rank or 0) // per_node),
-        "GLOO_SOCKET_IFNAME": node.interface if node else loopback(),
-        "EFFNN_INTERFACE": node.interface if node else loopback(),
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # ranks share cores: one that waits must not spin
-    }
-    if rank is not None:
-        result |= {"RANK": str(rank), "LOCAL_RANK": str(rank % per_node)}
-    return result | {name: str(value) for name, value in env.items()}
+def _private_folder() -> tempfile.TemporaryDirectory:
+    """Make a folder that is removed at the end. A launcher that was killed leaves its own; the next start removes it.
+
+    The name tells the owner: a mark of the place where process ids mean what they mean here, for folders that several
+    machines or containers share, and the process id with its start time, which tells it from a later one.
+    """
+    namespace = Path("/proc/self/ns/pid")
+    place = f"{platform.node()} {os.readlink(namespace) if namespace.is_symlink() else ''}"
+    prefix = f"effnn-launch-{zlib.crc32(place.encode()):08x}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        owner = re.match(r"(\d+)-(\w+)-", left.name.removeprefix(prefix))
+        if owner and worker.start_time(int(owner[1])) != owner[2]:
+            shutil.rmtree(left, ignore_errors=True)
+    mine = f"{prefix}{os.getpid()}-{worker.start_time(os.getpid())}-"
+    return tempfile.TemporaryDirectory(prefix=mine, ignore_cleanup_errors=True)
 
 
-def _wait(ranks: "_Ranks", output: "_Output", started: float, timeout: float, grace: float) -> dict[int, Report]:
+def _wait(ranks: Ranks, output: Output, started: float, timeout: float, grace: float) -> dict[int, Report]:
     """Watch until every rank has a report or the time is up; those that have none by then get one from here."""
     reports: dict[int, Report] = {}
     first_failure, deadline, looked = None, started + timeout, started
@@ -236,148 +222,7 @@ def _wait(ranks: "_Ranks", output: "_Output", started: float, timeout: float, gr
     return {rank: reports.get(rank) or Report(looked, error=ended) for rank in range(ranks.size)}
 
 
-class _Ranks:
-    """The processes of a launch: each rank leads a process group, so that its own children end with it."""
-
-    def __init__(self, folder: Path, size: int):
-        self._folder, self.size = folder, size
-        self._command = [sys.executable, "-m", "effnn.comm.worker", str(folder)]
-        self._processes: list[subprocess.Popen] = []
-        self._started = 0
-
-    def start(self, nodes: list[Node] | None, threads: int, env: Mapping[str, str]) -> None:
-        for rank in range(self.size):
-            prefix = nodes[rank * len(nodes) // self.size].prefix if nodes else ()
-            self._open([*prefix, *self._command], _environment(rank, self.size, nodes, threads, env), f"-{rank}")
-            self._started = rank + 1
-
-    def _open(self, command: list[str], environment: dict[str, str], suffix: str) -> None:
-        with open(self._folder / f"stdout{suffix}", "wb") as out, open(self._folder / f"stderr{suffix}", "wb") as err:
-            self._processes.append(
-                subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-                )
-            )
-
-    def report(self, rank: int) -> Report | None:
-        """What the rank has written, None as long as it has not."""
-        path = self._folder / f"report-{rank}"
-        return pickle.loads(path.read_bytes()) if path.exists() else None
-
-    def stderr(self, rank: int) -> str:
-        return _tail(self._folder / f"stderr-{rank}")
-
-    def exit_code(self, rank: int) -> int | None:
-        """None while the rank runs. Children that it leaves behind are ended."""
-        process = self._processes[rank]
-        if process.returncode is None and process.poll() is not None:
-            self._signal(rank, signal.SIGKILL)
-        return process.returncode
-
-    def running(self) -> list[int]:
-        return [rank for rank in range(self._started) if self.exit_code(rank) is None]
-
-    def end(self) -> None:
-        """End whatever runs: SIGTERM, a short wait, SIGKILL."""
-        try:
-            for rank in self.running():
-                self._signal(rank, signal.SIGTERM)
-            limit = time.monotonic() + TERMINATE
-            while self.running() and time.monotonic() < limit:
-                time.sleep(POLL)
-        finally:  # also when the wait is interrupted
-            for rank in self.running():
-                self._signal(rank, signal.SIGKILL)
-            for process in self._processes:
-                try:
-                    process.wait(TERMINATE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-    def _group(self, rank: int) -> int:
-        return self._processes[rank].pid
-
-    def _signal(self, rank: int, number: signal.Signals) -> None:
-        try:
-            os.killpg(self._group(rank), number)
-        except (ProcessLookupError, PermissionError):  # nobody is left in it (macOS says permission)
-            pass
-
-
-class _MpiRanks(_Ranks):
-    """The ranks below one mpiexec. A shell around each leaves its process group and its exit code in the folder."""
-
-    # The trap keeps the shell alive on SIGTERM, so that it can write what became of the rank.
-    SHELL = (
-        'trap : TERM; rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}; echo $$ >"$0/group-$rank"; '
-        '"$@" >"$0/stdout-$rank" 2>"$0/stderr-$rank"; echo $? >"$0/exit-$rank"'
-    )
-
-    def start(self, nodes: None, threads: int, env: Mapping[str, str]) -> None:
-        program = str(mpi.launcher())
-        # Hydra (Intel MPI, MPICH) kills all ranks when one dies, unless told not to: they must be able to report it.
-        options = subprocess.run([program, "-help"], stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
-        keep = ["-disable-auto-cleanup"] if "-disable-auto-cleanup" in options else []
-        intel = {
-            "I_MPI_FABRICS": "shm",  # one machine
-            "I_MPI_PIN": "0",  # launches side by side would all be pinned to the same first cores
-        }
-        self._open(
-            [program, *keep, "-n", str(self.size), "sh", "-c", self.SHELL, str(self._folder), *self._command],
-            _environment(None, self.size, None, threads, intel | dict(env)),
-            "-mpiexec",
-        )
-        self._started = self.size
-        self._codes: dict[int, int] = {}
-
-    def stderr(self, rank: int) -> str:
-        return super().stderr(rank) or _tail(self._folder / "stderr-mpiexec")
-
-    def exit_code(self, rank: int) -> int | None:
-        """As above; for a rank that left no code it is mpiexec's own."""
-        if rank not in self._codes:
-            ended = self._processes[0].poll()  # before the file: the shell writes it, then mpiexec ends
-            code = self._number("exit", rank)
-            if code is not None:
-                self._codes[rank] = 128 - code if code > 128 else code  # 128 + n is the shell's word for signal n
-                self._signal(rank, signal.SIGKILL)
-            elif ended is not None:
-                self._codes[rank] = ended
-        return self._codes.get(rank)
-
-    def _group(self, rank: int) -> int:
-        group = self._number("group", rank)
-        if group is None:
-            raise ProcessLookupError
-        return group
-
-    def _number(self, name: str, rank: int) -> int | None:
-        path = self._folder / f"{name}-{rank}"
-        text = path.read_text() if path.exists() else ""
-        return int(text) if text.endswith("\n") else None
-
-
-class _Output:
-    """Passes on what the ranks print, line by line, to the log."""
-
-    def __init__(self, folder: Path, size: int):
-        self._paths = [folder / f"stdout-{rank}" for rank in range(size)]
-        self._at, self._rest = [0] * size, [b""] * size
-
-    def pass_on(self, last: bool = False) -> None:
-        for rank, path in enumerate(self._paths):
-            if not path.exists():
-                continue
-            with path.open("rb") as file:
-                file.seek(self._at[rank])
-                text = file.read()
-            self._at[rank] += len(text)
-            *lines, self._rest[rank] = (self._rest[rank] + text).split(b"\n")
-            for line in [*lines, *([self._rest[rank]] if last and self._rest[rank] else [])]:
-                logger.info("rank %d: %s", rank, line.decode(errors="replace"))
-
-
-def _outcome(rank: int, report: Report, ranks: _Ranks, started: float) -> Outcome:
+def _outcome(rank: int, report: Report, ranks: Ranks, started: float) -> Outcome:
     result, error, text = None, report.error, report.traceback
     if report.result is not None:
         try:
@@ -401,11 +246,3 @@ def _first_failure(outcomes: Iterable[Outcome]) -> Outcome:
 
 def _last_lines(text: str, count: int = 30) -> str:
     return "\n".join(text.rstrip().splitlines()[-count:])
-
-
-def _tail(path: Path) -> str:
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - STDERR_TAIL))
-        return file.read().decode(errors="replace")

@@ -5,14 +5,17 @@ rest go on in new ones. A `Probe` of one machine can be saved, and merged with o
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,16 +23,21 @@ from tqdm.auto import tqdm
 
 from effnn.base import InvalidInput, write_json
 from effnn.comm import backends, launch, operations
+from effnn.comm.work import CollectiveTimeout
 
 STATUSES = ("ok", "wrong result", "error", "hang", "not built", "no device")
 HOWS = ("native", "composed", "delegated")
 
 DEVICES = ("cpu", "cuda")
 
+CHECKS = operations.OPERATIONS | operations.SPARSE
+"""Name of an operation -> what runs and checks it on a device."""
+
 _UNANSWERED = ("not built", "no device")
 
 _FORMAT = 1
 _SECONDS_A_LAUNCH = 40.0  # for all operations of one backend; they take about one
+_MOMENT = 1.0  # seconds that one event may take to be noticed by all ranks
 _SECONDS_AN_OPERATION = 15.0  # time-out of the group: a hang is an error of the operation where the backend can tell
 
 
@@ -87,9 +95,10 @@ def load(path: str | Path) -> Probe:
 def merge(here: Probe, *others: Probe) -> Probe:
     """Return `here` with the cells that it could not answer (no device, not built) taken from the others.
 
-    The message of such a cell names the machine that it was probed on.
+    The message of such a cell names the machine that it was probed on; the versions of that machine come along under
+    its name.
     """
-    cells = []
+    cells, versions = [], dict(here.versions)
     for cell in here.cells:
         if cell.status in _UNANSWERED:
             for other in others:
@@ -98,9 +107,10 @@ def merge(here: Probe, *others: Probe) -> Probe:
                     origin = f"probed on {other.machine}"
                     message = f"{answer.message}; {origin}" if answer.message else origin
                     cell = dataclasses.replace(answer, message=message)
+                    versions |= {f"{name} ({other.machine})": number for name, number in other.versions.items()}
                     break
         cells.append(cell)
-    return dataclasses.replace(here, cells=tuple(cells))
+    return dataclasses.replace(here, versions=versions, cells=tuple(cells))
 
 
 def probe(
@@ -109,24 +119,27 @@ def probe(
     world_size: int = 2,
     selected: Iterable[str] | None = None,
     progress: bool = True,
+    checks: str = "effnn.comm.matrix:CHECKS",
 ) -> Probe:
     """Run every operation (or those `selected`) on every backend and device; returns the cells with versions.
 
-    Takes some ten seconds on two cores. Cells that cannot be had here get the reason as their message.
+    checks: "module:attribute" of a mapping like CHECKS; the ranks import it. Takes some ten seconds on two cores. Cells
+    that cannot be had here get the reason as their message.
     """
-    chosen = list(selected or [*operations.OPERATIONS, *operations.SPARSE])
+    known = _imported(checks)
+    chosen = list(selected or known)
     for name in chosen:
-        if name not in _ALL:
-            raise InvalidInput(f"operation {name!r}: expected some of {', '.join(_ALL)}")
+        if name not in known:
+            raise InvalidInput(f"operation {name!r}: expected some of {', '.join(known)}")
     pairs = [(name, device) for name in names for device in devices]
     cells: list[Cell] = []
     for name, device in tqdm(pairs, desc="support matrix", leave=False, disable=not progress):
-        cells += _probe_one(name, device, chosen, world_size)
+        cells += _probe_one(name, device, chosen, world_size, checks)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Probe(_machine(), now, world_size, versions(names), tuple(cells))
 
 
-def _probe_one(backend: str, device: str, chosen: list[str], world_size: int) -> list[Cell]:
+def _probe_one(backend: str, device: str, chosen: list[str], world_size: int, checks: str) -> list[Cell]:
     reason = backends.unavailable(backend)
     if reason is not None:
         status = "no device" if "no CUDA device" in reason else "not built"
@@ -137,32 +150,29 @@ def _probe_one(backend: str, device: str, chosen: list[str], world_size: int) ->
     found: dict[str, Cell] = {}
     waiting = list(chosen)
     while waiting:
-        answers, broken = _run(backend, device, waiting, world_size)
+        answers, broken = _run(backend, device, waiting, world_size, checks)
         for name, (status, message) in answers.items():
             how = _how(backend, name) if status == "ok" else ""
             found[name] = Cell(backend, device, name, status, how, message)
         if broken is not None:
-            name, status, message = broken
-            found[name] = Cell(backend, device, name, status, message=message)
-        left = [name for name in waiting if name not in found]
-        if len(left) == len(waiting):  # the processes did not even begin
-            status, message = broken[1:] if broken else ("error", "no rank answered")
-            return [Cell(backend, device, name, status, message=message) for name in chosen]
-        waiting = left
+            stopped, status, message = broken
+            for name in waiting if stopped is None else [stopped]:
+                found[name] = Cell(backend, device, name, status, message=message)
+        waiting = [name for name in waiting if name not in found]
     return [found[name] for name in chosen]
 
 
 def _run(
-    backend: str, device: str, names: list[str], world_size: int
-) -> tuple[dict[str, tuple[str, str]], tuple[str, str, str] | None]:
+    backend: str, device: str, names: list[str], world_size: int, checks: str
+) -> tuple[dict[str, tuple[str, str]], tuple[str | None, str, str] | None]:
     """Run the operations in new processes: name -> (status, message) of those that ended on all ranks, and the one
-    that stopped the rest, with what became of it."""
+    that stopped the rest (None: no rank even began, and none would with the rest), with what became of it."""
     with tempfile.TemporaryDirectory(prefix="effnn-matrix-") as folder:
         outcomes = launch.run_outcomes(
             worker,
             world_size,
             backend,
-            args=(names, device, folder),
+            args=(names, device, folder, checks),
             timeout=_SECONDS_A_LAUNCH,
             group_timeout=_SECONDS_AN_OPERATION,
             grace=2 * _SECONDS_AN_OPERATION,
@@ -170,24 +180,29 @@ def _run(
         logs = [_read_log(folder, rank) for rank in range(world_size)]
     answers: dict[str, tuple[str, str]] = {}
     for name in names:
-        if not all(name in log for log in logs):
+        if not all(name in (log or ()) for log in logs):
             break
-        answers[name] = next((log[name] for log in logs if log[name][0] != "ok"), logs[0][name])
-        if answers[name][0] != "ok":
-            break  # ranks may be out of step now: the rest starts afresh
+        failures = [log[name] for log in logs if log[name].status != "ok"]
+        if failures:
+            # The first failure in time counts: the others may come of it. A rank whose time-out has passed closes its
+            # connections, and may say so a moment later than those who lose them.
+            first = min(failures, key=lambda answer: answer.time - (_MOMENT if answer.status == "hang" else 0.0))
+            # Ranks may be out of step now: the rest starts afresh.
+            return answers | {name: (first.status, first.message)}, None
+        answers[name] = "ok", ""
+    if len(answers) == len(names):
+        return answers, None
+    stopped = names[len(answers)] if any(log is not None for log in logs) else None
     failed = [outcome for outcome in outcomes if not outcome.ok]
-    if not failed or len(answers) == len(names):
-        return answers, None
-    if answers and list(answers.values())[-1][0] != "ok":
-        return answers, None
+    if not failed:
+        return answers, (stopped, "error", "a rank ended without an answer")
     first = min(failed, key=lambda outcome: outcome.finished or float("inf"))
-    hung = "time limit" in (first.error or "") or "imed out" in (first.error or "")
-    stopped = names[len(answers)]
-    return answers, (stopped, "hang" if hung else "error", first.error or "")
+    return answers, (stopped, "hang" if _timed_out(first.error) else "error", first.error)
 
 
-def worker(names: list[str], device: str, folder: str) -> None:
+def worker(names: list[str], device: str, folder: str, checks: str) -> None:
     """In each rank: run the operations, noting each result; stops at the first that fails."""
+    known = _imported(checks)
     place = (
         torch.device(device, dist.get_rank() % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
     )
@@ -195,12 +210,13 @@ def worker(names: list[str], device: str, folder: str) -> None:
         for name in names:
             status, message = "ok", ""
             try:
-                _ALL[name](place)
+                known[name](place)
             except operations.WrongResult as error:
                 status, message = "wrong result", str(error)
             except Exception as error:
-                status, message = "error", _last_line(error)
-            log.write(json.dumps([name, status, message]) + "\n")
+                message = _last_line(error)
+                status = "hang" if isinstance(error, CollectiveTimeout) or _timed_out(message) else "error"
+            log.write(json.dumps([name, status, message, time.monotonic()]) + "\n")
             log.flush()
             os.fsync(log.fileno())
             if status != "ok":
@@ -212,7 +228,7 @@ def versions(names: Iterable[str] = backends.BACKENDS) -> dict[str, str]:
     import importlib.metadata
 
     found = {"torch": torch.__version__}
-    packages = {"ccl": ("oneccl", backends.INTEL_BINDINGS), "mpi4py": ("mpi4py", "impi-rt", "mpich", "openmpi")}
+    packages = {"ccl": ("oneccl", "oneccl_bind_pt"), "mpi4py": ("mpi4py", "impi-rt", "mpich", "openmpi")}
     for name in names:
         for package in packages.get(name, ()):
             try:
@@ -224,7 +240,13 @@ def versions(names: Iterable[str] = backends.BACKENDS) -> dict[str, str]:
     return found
 
 
-_ALL = operations.OPERATIONS | operations.SPARSE
+def _imported(checks: str) -> Mapping[str, Callable[[torch.device], None]]:
+    module, _, name = checks.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _timed_out(message: str) -> bool:
+    return launch.STILL_RUNNING in message or "imed out" in message
 
 
 def _how(backend: str, operation: str) -> str:
@@ -245,10 +267,21 @@ def _too_few_devices(backend: str, device: str, world_size: int) -> str | None:
     return f"nccl wants a GPU for each of the {world_size} ranks; this machine has {torch.cuda.device_count()}"
 
 
-def _read_log(folder: str, rank: int) -> dict[str, tuple[str, str]]:
+class _Answer(NamedTuple):
+    """What one rank says of one operation; time is one clock for all processes of a machine."""
+
+    status: str
+    message: str
+    time: float
+
+
+def _read_log(folder: str, rank: int) -> dict[str, _Answer] | None:
+    """What a rank has noted; None if it did not come that far."""
     path = Path(folder) / f"{rank}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {name: (status, message) for name, status, message in map(json.loads, lines)}
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {name: _Answer(*answer) for name, *answer in map(json.loads, lines)}
 
 
 def _last_line(error: Exception) -> str:

@@ -213,8 +213,7 @@ class MPIProcessGroup(LaneProcessGroup):
     def _run_barrier(self) -> Request:
         return _Wait(self._communicator.Ibarrier())
 
-    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> LaneWork:
-        (tensor,) = tensors
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> LaneWork:
         flat = flat_view(tensor)
         return self._issue(
             f"send to rank {rank}",
@@ -222,19 +221,13 @@ class MPIProcessGroup(LaneProcessGroup):
             [tensor],
         )
 
-    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> LaneWork:
-        return self._receive(tensors, rank, tag)
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> LaneWork:
-        return self._receive(tensors, self._mpi.ANY_SOURCE, tag)
-
-    def _receive(self, tensors: list[Tensor], rank: int, tag: int) -> LaneWork:
-        (tensor,) = tensors
+    def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> LaneWork:
+        source = self._mpi.ANY_SOURCE if rank is None else rank
         flat = flat_view(tensor)
         status = self._mpi.Status()
 
         def start() -> Request:
-            return _Wait(self._communicator.Irecv(_buffer(as_bytes(flat), self._mpi), rank, tag), status=status)
+            return _Wait(self._communicator.Irecv(_buffer(as_bytes(flat), self._mpi), source, tag), status=status)
 
         def finish() -> None:
             if not tensor.is_contiguous():
@@ -243,8 +236,7 @@ class MPIProcessGroup(LaneProcessGroup):
         return self._issue("recv", start, [tensor], finish, source=status.Get_source)
 
     def _close(self) -> None:
-        if self._lane.failure is None:
-            self._lane.run(Call("leaving the group", self._communicator.Free, timeout=self._timeout))
+        self._lane.run(Call("leaving the group", self._communicator.Free, timeout=self._timeout))
 
 
 class _Wait:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PythonCallbackWork
 
 from effnn.base import InvalidInput
+from effnn.comm.interfaces import communication_interface
 from effnn.comm.layout import flat_view
 from effnn.comm.oneccl_library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.process_group import LaneProcessGroup
@@ -85,7 +86,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._messages: dist.ProcessGroupGloo | None = None
         self._lane.run(Call(f"joining a group of {size} ranks", self._join, timeout=self._timeout))
         if size > 1:
-            self._messages = dist.ProcessGroupGloo(dist.PrefixStore("messages/", store), rank, size, timeout)
+            self._messages = _gloo_beside(dist.PrefixStore("messages/", store), rank, size, timeout)
 
     def _join(self) -> None:
         if self._rank == 0:
@@ -167,22 +168,16 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     # Messages between two ranks.
 
-    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
-        (tensor,) = tensors
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         return self._gloo().send([flat_view(tensor).view(torch.uint8)], rank, tag)
 
-    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
-        return self._receive(tensors, lambda buffer: self._gloo().recv([buffer], rank, tag))
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
-        return self._receive(tensors, lambda buffer: self._gloo().recv_anysource([buffer], tag))
-
-    def _receive(self, tensors: list[Tensor], start: Callable[[Tensor], dist.Work]) -> dist.Work:
-        (tensor,) = tensors
-        if tensor.is_contiguous():
-            return start(flat_view(tensor).view(torch.uint8))
+    def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
         flat = flat_view(tensor)
-        work = start(flat.view(torch.uint8))
+        buffer = [flat.view(torch.uint8)]
+        gloo = self._gloo()
+        work = gloo.recv_anysource(buffer, tag) if rank is None else gloo.recv(buffer, rank, tag)
+        if tensor.is_contiguous():
+            return work
 
         def wait(timeout: timedelta) -> bool:
             work.wait(timeout) if timeout else work.wait()
@@ -200,10 +195,17 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._communicator.call(name, *arguments)
 
     def _close(self) -> None:
-        """Wait for what was issued, then free the communicator; after a failure there is nothing to wait for."""
-        if self._lane.failure is None:
-            self._lane.run(Call("leaving the group", self._communicator.destroy, timeout=self._timeout))
+        """Wait for what was issued, then free the communicator."""
         self._messages = None
+        self._lane.run(Call("leaving the group", self._communicator.destroy, timeout=self._timeout))
+
+
+def _gloo_beside(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """A gloo group on the interface that oneCCL uses; left to itself gloo takes what the host's name resolves to."""
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(interface=communication_interface())]
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def _kind(flat: Tensor, operation: str) -> tuple[int, int]:

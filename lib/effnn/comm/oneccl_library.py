@@ -29,6 +29,7 @@ _LIBRARIES = (
     "libccl_legacy_cpu.so",
 )
 _API = "libccl.so.2"
+_FABRIC = "libfabric.so.1"  # of impi-rt; oneCCL loads it itself
 _ID_BYTES = 4096
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env)"
@@ -56,7 +57,7 @@ def unavailable() -> str | None:
         folder = library_folder()
     except NotAvailable as error:
         return str(error)
-    missing = [name for name in _LIBRARIES if not (folder / name).exists()]
+    missing = [name for name in (*_LIBRARIES, _FABRIC) if not (folder / name).exists()]
     return f"oneCCL is installed without {', '.join(missing)}: {INSTALL} again" if missing else None
 
 
@@ -169,7 +170,7 @@ def _set_environment(folder: Path) -> None:
         "CCL_KVS_IFACE": interface,
         "FI_TCP_IFACE": interface,
         "FI_PROVIDER_PATH": str(folder),
-        "CCL_OFI_LIBRARY_PATH": str(folder / "libfabric.so.1"),
+        "CCL_OFI_LIBRARY_PATH": str(folder / _FABRIC),
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

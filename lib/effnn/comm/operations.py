@@ -5,6 +5,8 @@ is not what the definition says. Values depend on the rank, so that an operation
 ranks, is found out.
 """
 
+import itertools
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +17,9 @@ from effnn.base import EffnnError
 from effnn.comm import sparse
 
 ELEMENTS = 1027  # of each tensor: odd, so that nothing divides evenly
+
+_LATE = 0.2  # seconds that one rank keeps the others waiting in a barrier
+_barriers = itertools.count()  # checks of the barrier so far: each counts the ranks under a key of its own
 
 
 class WrongResult(EffnnError):
@@ -56,9 +61,10 @@ def all_reduce(device: torch.device) -> None:
     """Sum, product, minimum and maximum."""
     rank, size = _place()
     for operation, combined in _REDUCTIONS.items():
-        tensor = _values(rank, device)
+        values = _factors if operation == "PRODUCT" else _values
+        tensor = values(rank, device)
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-        _expect(tensor, combined(torch.stack([_values(r, device) for r in range(size)])))
+        _expect(tensor, combined(torch.stack([values(r, device) for r in range(size)])))
 
 
 def reduce(device: torch.device) -> None:
@@ -78,7 +84,7 @@ def all_gather(device: torch.device) -> None:
     parts = [torch.zeros(ELEMENTS, device=device) for _ in range(size)]
     dist.all_gather(parts, _values(rank, device))
     flat = torch.zeros(size * ELEMENTS, device=device)
-    dist.all_gather_into_tensor(flat, _values(rank, device))
+    dist.all_gather_single(flat, _values(rank, device))
     for r in range(size):
         _expect(parts[r], _values(r, device))
     _expect(flat, torch.cat([_values(r, device) for r in range(size)]))
@@ -112,7 +118,7 @@ def reduce_scatter(device: torch.device) -> None:
     dist.reduce_scatter(tensor, [_values(10 * rank + part, device) for part in range(size)])
     _expect(tensor, expected)
     tensor.zero_()
-    dist.reduce_scatter_tensor(tensor, torch.cat([_values(10 * rank + part, device) for part in range(size)]))
+    dist.reduce_scatter_single(tensor, torch.cat([_values(10 * rank + part, device) for part in range(size)]))
     _expect(tensor, expected)
 
 
@@ -134,9 +140,12 @@ def barrier(device: torch.device) -> None:
     """No rank leaves before the last has come: each one's mark is there for all afterwards."""
     rank, size = _place()
     store = dist.PrefixStore("barrier-check", dist.distributed_c10d._get_default_store())
-    store.add("arrived", 1)
+    arrived = f"arrived-{next(_barriers)}"
+    if rank == size - 1:  # late, or a barrier that does nothing would let all ranks pass at the same time
+        time.sleep(_LATE)
+    store.add(arrived, 1)
     dist.barrier()
-    if store.add("arrived", 0) != size:
+    if store.add(arrived, 0) != size:
         raise WrongResult(f"barrier let rank {rank} pass before all {size} ranks had come")
 
 
@@ -192,8 +201,14 @@ def _place() -> tuple[int, int]:
 
 
 def _values(rank: int, device: torch.device) -> Tensor:
-    """Small whole numbers that differ by rank and position: sums and products of a few ranks are exact."""
-    return ((torch.arange(ELEMENTS, device=device) * (2 * rank + 3)) % 13 - 6).float()
+    """Small whole numbers that differ by rank and position: their sums are exact."""
+    return ((torch.arange(ELEMENTS, device=device) * (2 * rank + 3)) % 1009 - 504).float()
+
+
+def _factors(rank: int, device: torch.device) -> Tensor:
+    """Powers of two with signs, which differ by rank and position: products of a hundred ranks are exact."""
+    positions = torch.arange(ELEMENTS, device=device) * (2 * rank + 3)
+    return torch.where(positions % 5 == 0, 2.0, 1.0) * torch.where(positions % 7 < 3, -1.0, 1.0)
 
 
 def _rows(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:

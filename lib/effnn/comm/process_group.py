@@ -8,6 +8,7 @@ are torch's own; PyTorch has no documentation of its own for them, so they are n
 Tensors on other devices go to the backend that the group's configuration names for them ("cpu:ccl,cuda:nccl").
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
@@ -16,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.comm.checks import Checks
+from effnn.comm.arguments import Checks
 from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, single, then
 from effnn.comm.other_devices import other_device_group
 from effnn.comm.requests import AllOf, Steps
-from effnn.comm.work import Call, Lane, LaneWork, Request
+from effnn.comm.sparse import sum_of_rows
+from effnn.comm.work import Call, CollectiveFailed, Lane, LaneWork, Request
+
+logger = logging.getLogger(__name__)
 
 
 class LaneProcessGroup(dist.ProcessGroup):
@@ -81,7 +85,11 @@ class LaneProcessGroup(dist.ProcessGroup):
         """Finish what was issued and leave the group; called by destroy_process_group. Errors are not raised again."""
         if not self._closed:
             self._closed = True
-            self._close()
+            if self._lane.usable:
+                try:
+                    self._close()
+                except CollectiveFailed as error:
+                    logger.warning("leaving a %s group: %s", self.NAME, error)
 
     abort = shutdown
 
@@ -89,6 +97,9 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,) = single("all_reduce", tensors)
+        other = self._other("allreduce", tensors, tensors, opts)
+        if other is not None:
+            return other
         if tensor.layout is torch.sparse_coo:
             return self._sparse_all_reduce(tensor, opts)
         return self.allreduce_coalesced(tensors, opts)
@@ -172,7 +183,8 @@ class LaneProcessGroup(dist.ProcessGroup):
         return self._issue("all_gather", start, [part for parts in columns for part in parts], finish, opts)
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        return self.all_gather_single_coalesced([output], [tensor], opts)
+        other = self._other("all_gather_single", [output, tensor], output, tensor, opts)
+        return other if other is not None else self.all_gather_single_coalesced([output], [tensor], opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None) -> LaneWork:
         other = self._other("all_gather_single_coalesced", [*outputs, *inputs], outputs, inputs, opts)
@@ -262,7 +274,8 @@ class LaneProcessGroup(dist.ProcessGroup):
         )
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        return self.reduce_scatter_single_coalesced([output], [tensor], opts)
+        other = self._other("reduce_scatter_single", [output, tensor], output, tensor, opts)
+        return other if other is not None else self.reduce_scatter_single_coalesced([output], [tensor], opts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
@@ -341,6 +354,18 @@ class LaneProcessGroup(dist.ProcessGroup):
     def barrier(self, opts: object = None) -> LaneWork:
         return self._issue("barrier", self._run_barrier, [], None, opts)
 
+    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
+        (tensor,) = single("send", tensors)
+        return self._other("send", tensors, tensors, rank, tag) or self._send(tensor, rank, tag)
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
+        (tensor,) = single("recv", tensors)
+        return self._other("recv", tensors, tensors, rank, tag) or self._receive(tensor, rank, tag)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
+        (tensor,) = single("recv", tensors)
+        return self._other("recv_anysource", tensors, tensors, tag) or self._receive(tensor, None, tag)
+
     # The names that older releases and the C++ side use for the same calls.
 
     def _allgather_base(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
@@ -407,6 +432,13 @@ class LaneProcessGroup(dist.ProcessGroup):
     def _run_barrier(self) -> Request | None:
         raise NotImplementedError
 
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
+        raise NotImplementedError
+
+    def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
+        """Receive into the tensor; rank None: from any."""
+        raise NotImplementedError
+
     def _close(self) -> None:
         raise NotImplementedError
 
@@ -457,9 +489,6 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     def _sparse_all_reduce(self, tensor: Tensor, opts: object) -> LaneWork:
         """Sum of sparse COO tensors: all_gather of padded indices and values, then a sum in rank order everywhere."""
-        other = self._other("allreduce", [tensor], [tensor], opts)
-        if other is not None:
-            return other
         operation = self._checks.operation("all_reduce", opts, [tensor])
         if operation not in ("sum", "avg"):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
@@ -487,9 +516,9 @@ class LaneProcessGroup(dist.ProcessGroup):
             every_value, request = gather(values, longest)
             yield request
             counts = (lengths.flatten() - 1).tolist()
-            indices = torch.cat([part[:count] for part, count in zip(every_row, counts, strict=True)]).t()
-            gathered = torch.cat([part[:count] for part, count in zip(every_value, counts, strict=True)])
-            total = torch.sparse_coo_tensor(indices, gathered, tensor.shape, check_invariants=False).coalesce()
+            indices = [part[:count] for part, count in zip(every_row, counts, strict=True)]
+            gathered = [part[:count] for part, count in zip(every_value, counts, strict=True)]
+            total = sum_of_rows(indices, gathered, tensor.shape)
             with torch.no_grad():  # a sparse tensor's detach() would keep the new indices to itself
                 tensor.copy_(total / self._size if operation == "avg" else total)
 

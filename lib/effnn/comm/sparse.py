@@ -21,6 +21,8 @@ def all_gather_pairs(
     """
     if ids.dim() != 1 or values.dim() < 1 or len(ids) != len(values):
         raise InvalidInput(f"expected ids [n] and values [n, ...]; got {tuple(ids.shape)} and {tuple(values.shape)}")
+    if dist.get_rank(group) < 0:
+        raise InvalidInput("this rank does not belong to the group; call it on the ranks of the group only")
     world = dist.get_world_size(group)
     lengths = _gathered(torch.tensor([len(ids)], device=ids.device), world, group).flatten().tolist()
     longest = max(lengths)
@@ -41,9 +43,31 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
         raise InvalidInput(f"expected a sparse COO tensor with one sparse dimension, got {tensor.layout}")
     tensor = tensor.coalesce()
     pairs = all_gather_pairs(tensor.indices()[0], tensor.values(), group)
-    ids = torch.cat([rank_ids for rank_ids, _ in pairs])
-    values = torch.cat([rank_values for _, rank_values in pairs])
-    return torch.sparse_coo_tensor(ids[None], values, tensor.shape, check_invariants=False).coalesce()
+    return sum_of_rows([ids[:, None] for ids, _ in pairs], [values for _, values in pairs], tensor.shape)
+
+
+def sum_of_rows(indices: list[Tensor], values: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return the coalesced sparse sum of every rank's rows, added in rank order.
+
+    indices: one tensor a rank, [n, sparse dimensions], no index twice in one; values: [n, ...]. `coalesce()` would add
+    equal rows in any order, so ranks on different machines could differ.
+    """
+    sparse_shape = shape[: indices[0].shape[1]]
+    lines = torch.cat([_line(rank_indices, sparse_shape) for rank_indices in indices])
+    rows, places = torch.unique(lines, return_inverse=True)
+    total = values[0].new_zeros(len(rows), *values[0].shape[1:])
+    for rank_places, rank_values in zip(places.split([len(part) for part in indices]), values, strict=True):
+        total.index_add_(0, rank_places, rank_values)
+    found = torch.stack(torch.unravel_index(rows, sparse_shape))
+    return torch.sparse_coo_tensor(found, total, shape, is_coalesced=True, check_invariants=False)
+
+
+def _line(indices: Tensor, shape: torch.Size) -> Tensor:
+    """[n]: the number of each index when the dimensions are laid out as one."""
+    line = indices.new_zeros(len(indices))
+    for dimension, size in enumerate(shape):
+        line = line * size + indices[:, dimension]
+    return line
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
@@ -54,6 +78,6 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 
 def _gathered(tensor: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
     """[world, ...]: every rank's tensor."""
-    parts = [torch.empty_like(tensor) for _ in range(world)]
+    parts = [torch.zeros_like(tensor) for _ in range(world)]  # not empty: a length must never be a random number
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)

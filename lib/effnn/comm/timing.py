@@ -26,7 +26,7 @@ def all_reduce_rounds(
     """Time all_reduce of float32 over each backend: one row a backend, size and round.
 
     names: backends; those that are not the default group's get a group of their own. sizes: bytes a rank. seconds:
-    about how long the calls of the fastest backend last in one round; their number is the same for all.
+    about how long the calls of one backend last in one round.
 
     A row has backend, bytes, round, calls, ms (a call, the slowest rank's mean over the calls) and load (1 minute).
     """
@@ -34,15 +34,13 @@ def all_reduce_rounds(
     rows = []
     for size in sizes:
         tensor = torch.ones(size // 4)
-        calls = max(2, *(_calls(tensor, group, seconds) for group in groups.values()))
-        for group in groups.values():
-            _seconds(tensor, group, calls)
+        calls = {name: _calls(tensor, group, seconds) for name, group in groups.items()}
         for number in range(rounds):
             load = os.getloadavg()[0]
             for name, group in groups.items():
-                slowest = _slowest(_seconds(tensor, group, calls)) / calls
-                ms = 1e3 * slowest
-                rows.append({"backend": name, "bytes": size, "round": number, "calls": calls, "ms": ms, "load": load})
+                ms = 1e3 * _slowest(_seconds(tensor, group, calls[name])) / calls[name]
+                place = {"backend": name, "bytes": size, "round": number}
+                rows.append(place | {"calls": calls[name], "ms": ms, "load": load})
     dist.barrier()
     return rows
 

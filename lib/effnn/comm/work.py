@@ -82,7 +82,7 @@ class LaneWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the call has ended; returns True, raises its error. timeout: None or 0 for the group's own."""
         limit = timeout.total_seconds() if timeout else 0.0
-        if not self._signal.acquire(timeout=limit or -1):
+        if not self._signal.acquire(timeout=limit if limit > 0 else -1):
             raise CollectiveTimeout(f"{self._call.name} did not end within the {limit:g} s that wait() was given")
         self._signal.release()
         if self._error is not None:
@@ -127,7 +127,7 @@ class LaneWork(dist.Work):
                 # raised in a callback is.
                 self._future = self._base.then(self._value)
                 if self._finished:
-                    _completers().submit(self._base.set_result, None)
+                    _complete(self._base)
             return self._future
 
     def _value(self, _: torch.futures.Future) -> list[Tensor]:
@@ -144,7 +144,7 @@ class LaneWork(dist.Work):
             base = self._base
         self._signal.release()
         if base is not None:
-            _completers().submit(base.set_result, None)
+            _complete(base)
 
 
 class Lane:
@@ -172,7 +172,7 @@ class Lane:
         atexit.register(self.stop)
 
     def submit(self, call: Call) -> LaneWork:
-        """Queue a call; returns its handle at once. Raises CollectiveFailed after a fork or a failure."""
+        """Queue a call; returns its handle at once. Raises CollectiveFailed after a fork, a failure or stop()."""
         if os.getpid() != self._process:
             raise CollectiveFailed(
                 f"{call.name}: this process was forked from one that uses {self.name}, whose threads and connections "
@@ -182,9 +182,16 @@ class Lane:
         with self._guard:
             if self.failure is not None:
                 raise self._after_failure(call)
+            if self._stopped.is_set():
+                raise self._after_stop(call)
             self._waiting.add(work)
             self._queue.put(work)
         return work
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls are still taken."""
+        return self.failure is None and not self._stopped.is_set()
 
     def run(self, call: Call) -> None:
         """Queue a call and wait for it."""
@@ -208,6 +215,9 @@ class Lane:
             f"{self.failure}. Start the processes again."
         )
 
+    def _after_stop(self, call: Call) -> CollectiveFailed:
+        return CollectiveFailed(f"{call.name}: {self.name} is not used any more, since this process is ending")
+
     def _run(self) -> None:
         polls = 0
         while self.failure is None and not self._stopped.is_set():
@@ -215,11 +225,13 @@ class Lane:
                 work = self._queue.get(block=not self._running)
             except queue.Empty:
                 work = None
-            if work is not None:
+            idle = work is None
+            if not idle:
                 self._start(work)
                 polls = 0
+            work = None  # its tensors must not live on here while the lane waits for the next call
             self._poll()
-            if self._running and work is None:
+            if self._running and idle:
                 polls += 1
                 if polls > _POLLS_BEFORE_SLEEP:
                     time.sleep(min(_LONGEST_SLEEP, 1e-5 * (polls - _POLLS_BEFORE_SLEEP)))
@@ -228,6 +240,8 @@ class Lane:
         call = work._call
         deadline = time.monotonic() + call.timeout if call.timeout else float("inf")
         with self._guard:
+            if self.failure is not None:  # in the meantime; fail() has ended this work
+                return
             self._waiting.discard(work)
             self._running[work] = (None, deadline)
         self._inside = True
@@ -253,19 +267,25 @@ class Lane:
     def _finish(self, work: LaneWork) -> None:
         if work._call.finish is not None:
             work._call.finish()
-        self._running.pop(work, None)
+        self._forget(work)
         work._end()
 
     def _error(self, work: LaneWork, error: Exception) -> None:
         if isinstance(error, LibraryError):
             self.fail(error)
-        self._running.pop(work, None)
+        self._forget(work)
         work._end(error)
+
+    def _forget(self, work: LaneWork) -> None:
+        with self._guard:
+            self._running.pop(work, None)
 
     def _watch(self) -> None:
         while self.failure is None and not self._stopped.wait(_WATCH):
             now = time.monotonic()
-            for work, (_, deadline) in list(self._running.items()):
+            with self._guard:
+                running = list(self._running.items())
+            for work, (_, deadline) in running:
                 if now > deadline:
                     self.fail(self._timed_out(work._call))
                     return
@@ -277,16 +297,24 @@ class Lane:
         )
 
     def stop(self) -> None:
-        """End the threads, at the end of the process; a call that never returned must not meet the destructors."""
+        """End the threads, at the end of the process; a call that never returned must not meet the destructors.
+
+        Calls that have not ended by then are given up, and later ones refused: nobody waits for them for ever.
+        """
         if os.getpid() != self._process:
             return
-        self._stopped.set()
+        with self._guard:
+            self._stopped.set()
         self._queue.put(None)  # wakes the lane
         if self._inside or self.failure is not None:
             _skip_destructors()
         else:
             for thread in self._threads:
                 thread.join(_STOP)
+        with self._guard:
+            given_up = [*self._running, *self._waiting]
+        for work in given_up:
+            work._end(self._after_stop(work._call))
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -300,6 +328,12 @@ def _completers() -> ThreadPoolExecutor:
         if _pool is None:
             _pool = ThreadPoolExecutor(_COMPLETERS, "future callbacks")
         return _pool
+
+
+def _complete(future: torch.futures.Future) -> None:
+    """Set a future's result on a thread of its own."""
+    with contextlib.suppress(RuntimeError):  # the process is ending: nothing runs callbacks any more
+        _completers().submit(future.set_result, None)
 
 
 def _skip_destructors() -> None:
