@@ -116,3 +116,12 @@ def test_without_emulated_nodes_the_computed_figure_says_so(monkeypatch):
     row = backends.emulated_all_reduce(200, 10_000_000)
     assert row["ms"] is None and row["why"].startswith("user namespaces")
     assert row["model_ms"] == pytest.approx(1e3 * 8e7 / (0.957 * 200e6), rel=0.01)
+
+
+def test_the_backends_are_timed_for_real():
+    found, limits = backends.time_all_reduce([4096], launches=1, rounds=1)
+    assert {"gloo"} <= set(found.backend) <= set(backends.TIMED)
+    assert (found.ms > 0).all() and (found.bytes == 4096).all()
+    assert all(value > 0 for value in limits.values())
+    crowded = backends.time_crowded(3, [4096], launches=1, rounds=1)
+    assert set(crowded.ranks) == {3} and "gloo" in set(crowded.backend)

@@ -132,19 +132,36 @@ def sparse_backends(table: pd.DataFrame) -> list[str]:
 def time_all_reduce(
     sizes: Sequence[int] = timing.SIZES, launches: int = 5, rounds: int = 3, threads: int = 1
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Time all_reduce with two ranks over every backend that can be had, in turn within the same processes.
+    """Time all_reduce with two ranks over every backend that can be had.
+
+    gloo and oneCCL take turns within the same processes. MPI's ranks must be started by its own launcher, under which
+    the others are slower than by themselves, so it runs in processes of its own, in turn with those of the two.
 
     sizes: bytes a rank. launches: how often new processes are started; each is one sample. Returns one row a launch,
-    backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s.
+    backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s: the best
+    that any launch saw.
     """
-    names = [name for name in TIMED if unavailable(name, "cpu") is None]
-    base = "mpi4py" if "mpi4py" in names else "gloo"  # MPI's ranks must be started by its own launcher
+    here = [name for name in TIMED if unavailable(name, "cpu") is None]
+    together, alone = [name for name in here if name != "mpi4py"], [name for name in here if name == "mpi4py"]
+    rows, limits = [], []
+    for number in range(launches):
+        for names in (together, alone):
+            if names:
+                arguments = (names, list(sizes), rounds)
+                found = launch.run(timing.all_reduce_rounds, 2, names[0], args=arguments, threads=threads)[0]
+                rows += [{"launch": number, **row} for row in found]
+        limits.append(launch.run(timing.limits, 2, "gloo", threads=threads)[0])
+    return pd.DataFrame(rows), {name: max(found[name] for found in limits) for name in limits[0]}
+
+
+def time_crowded(ranks: int, sizes: Sequence[int], launches: int = 3, rounds: int = 3) -> pd.DataFrame:
+    """Time all_reduce of more ranks than the machine has cores, gloo and oneCCL in turn; rows as `time_all_reduce`."""
+    names = [name for name in TIMED if name != "mpi4py" and unavailable(name, "cpu") is None]
     rows = []
     for number in range(launches):
-        found = launch.run(timing.all_reduce_rounds, 2, base, args=(names, list(sizes), rounds), threads=threads)[0]
-        rows += [{"launch": number, **row} for row in found]
-    limits = launch.run(timing.limits, 2, "gloo", threads=threads)[0]
-    return pd.DataFrame(rows), limits
+        found = launch.run(timing.all_reduce_rounds, ranks, "gloo", args=(names, list(sizes), rounds))[0]
+        rows += [{"launch": number, "ranks": ranks, **row} for row in found]
+    return pd.DataFrame(rows)
 
 
 def medians(times: pd.DataFrame) -> pd.DataFrame:
