@@ -162,6 +162,58 @@ def tensors_that_are_not_contiguous():
 
 
 @check
+def outputs_that_share_memory_with_inputs():
+    rank, size = place()
+    if not isinstance(dist.group.WORLD, LaneProcessGroup):
+        return
+    every = torch.zeros(size, 11)
+    every[rank] = numbers(rank)
+    dist.all_gather_into_tensor(every, every[rank])
+    same(every, everyone())
+    sent = torch.stack([numbers(10 * rank + r) for r in range(size)])
+    wanted = torch.stack([numbers(10 * r + rank) for r in range(size)])
+    reduced = sent.clone()
+    dist.reduce_scatter_tensor(reduced[rank], reduced)
+    same(reduced[rank], wanted.sum(0))
+    swapped = sent.clone()
+    dist.all_to_all_single(swapped, swapped)
+    same(swapped, wanted)
+    rows = sent.clone()
+    dist.all_to_all_single(rows, rows, [1] * size, [1] * size)
+    same(rows, wanted)
+
+
+@check
+def inference_mode_and_tensors_that_require_gradients():
+    rank, size = place()
+    sent = torch.stack([numbers(10 * rank + r) for r in range(size)])
+    wanted = torch.stack([numbers(10 * r + rank) for r in range(size)])
+    with torch.inference_mode():
+        mean, output = numbers(rank), torch.zeros(size, 11)
+        if isinstance(dist.group.WORLD, LaneProcessGroup):
+            dist.all_reduce(mean, dist.ReduceOp.AVG)
+            same(mean, everyone().mean(0))
+        dist.all_to_all_single(output, sent, [1] * size, [1] * size)
+        same(output, wanted)
+    weights = torch.nn.Parameter(numbers(rank))
+    dist.all_reduce(weights)
+    same(weights.data, everyone().sum(0))
+    if isinstance(dist.group.WORLD, LaneProcessGroup):
+        outputs = [torch.zeros(11, requires_grad=True) for _ in range(size)]
+        dist.all_to_all(outputs, [*sent.requires_grad_()])
+        same(torch.stack(outputs).detach(), wanted)
+
+
+@check
+def the_time_out_of_a_group_is_that_of_its_parts():
+    if isinstance(dist.group.WORLD, LaneProcessGroup):
+        parts = [dist.new_group(), dist.new_group(timeout=timedelta(seconds=7))]
+        assert [part.timeout for part in parts] == [dist.group.WORLD.timeout, timedelta(seconds=7)]
+        for part in parts:
+            dist.destroy_process_group(part)
+
+
+@check
 def empty_and_scalar_tensors():
     rank, size = place()
     empty = torch.zeros(0)
@@ -571,6 +623,15 @@ def settle(pending):
             for mine, other in zip(ours, theirs, strict=True):
                 assert torch.equal(mine, other), f"call {number}: {kind} of {count} {dtype} differs from gloo's"
     pending.clear()
+
+
+def leave_alone(seconds):
+    """Rank 0 leaves its group at once, the others much later; the store is gone by then."""
+    dist.all_reduce(torch.ones(3))
+    if dist.get_rank():
+        time.sleep(seconds)
+    dist.destroy_process_group()
+    return dist.is_initialized()
 
 
 def die_while_reducing(victim, how):

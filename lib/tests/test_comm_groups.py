@@ -76,6 +76,12 @@ def test_many_random_collectives_agree_with_gloo(backend, size, seed):
     assert calls == [500] * size
 
 
+@pytest.mark.parametrize("backend", OURS)
+def test_a_rank_that_leaves_late_neither_hangs_nor_crashes(backend):
+    outcomes = launch.run_outcomes(workers.leave_alone, 2, backend, args=(8,), timeout=60, group_timeout=20, grace=20)
+    assert [(outcome.ok, outcome.result, outcome.exit_code) for outcome in outcomes] == [(True, False, 0)] * 2
+
+
 @pytest.mark.parametrize("how", ["plain", "ddp"])
 @pytest.mark.parametrize("backend", parameters())
 def test_a_killed_rank_is_an_error_on_all_others_within_the_time_out(backend, how):

@@ -1,4 +1,4 @@
-"""Sparse gradients as padded pairs: every rank's pairs, and sums against dense ones, on gloo and on oneCCL."""
+"""Sparse gradients as padded pairs: every rank's pairs, and sums against dense ones, on every backend."""
 
 import comm_unit_workers as workers
 import pytest
@@ -7,7 +7,7 @@ from comm_backends import parameters
 
 from effnn.comm import launch
 
-BACKENDS = pytest.mark.parametrize("backend", parameters(("gloo", "ccl")))
+BACKENDS = pytest.mark.parametrize("backend", parameters(("gloo", "ccl", "mpi4py")))
 SIZE = 3
 _totals = {}
 

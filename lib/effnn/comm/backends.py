@@ -132,13 +132,21 @@ def import_intels_bindings() -> bool:
 def _oneccl_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     from effnn.comm.oneccl import OneCCLProcessGroup
 
-    return OneCCLProcessGroup(store, rank, size, timeout)
+    return OneCCLProcessGroup(store, rank, size, _timeout(timeout))
 
 
 def _mpi4py_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     from effnn.comm.mpi import MPIProcessGroup
 
-    return MPIProcessGroup(store, rank, size, timeout)
+    return MPIProcessGroup(store, rank, size, _timeout(timeout))
+
+
+def _timeout(asked: timedelta) -> timedelta:
+    """The time-out of a new group: torch gives a sub-group its default of half an hour, not that of the whole."""
+    world = dist.group.WORLD
+    if asked == dist.distributed_c10d.default_pg_timeout and hasattr(world, "timeout"):
+        return world.timeout
+    return asked
 
 
 def _registered(name: str) -> bool:

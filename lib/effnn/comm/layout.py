@@ -37,6 +37,12 @@ def flat_in_place(tensors: Sequence[Tensor], receives: bool = True) -> tuple[lis
     return flats, copy_back if copied else None
 
 
+def overlaps(one: Tensor, other: Tensor) -> bool:
+    """Whether two flat tensors share memory."""
+    first, second = one.data_ptr(), other.data_ptr()
+    return first < second + other.nbytes and second < first + one.nbytes
+
+
 def as_bytes(flat: Tensor) -> Tensor:
     """The same memory as bytes: movement needs no type."""
     return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -103,14 +103,24 @@ def _mpi():
         from mpi4py import MPI
     except Exception as error:
         raise NotAvailable(f"mpi4py does not find a working MPI library ({error}): {INSTALL}") from None
+    sys.excepthook = partial(_note_crash, before=sys.excepthook)
     atexit.register(_finalize, MPI)
     return MPI
 
 
+def _note_crash(kind: type, error: BaseException, trace: object, before: Callable) -> None:
+    _crashed.append(error)
+    before(kind, error, trace)
+
+
 def _finalize(mpi) -> None:
+    """MPI's end waits for every rank. After an error it is left out, so that mpiexec sees it and ends the others."""
     lane().stop()
-    if lane().failure is None and not mpi.Is_finalized():
+    if not _crashed and lane().failure is None and not mpi.Is_finalized():
         mpi.Finalize()
+
+
+_crashed: list[BaseException] = []
 
 
 @cache
@@ -124,6 +134,7 @@ class MPIProcessGroup(LaneProcessGroup):
 
     NAME = "mpi4py"
     SUPPORT = SUPPORT
+    _may_alias = False
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(lane(), store, rank, size, timeout)
@@ -144,7 +155,7 @@ class MPIProcessGroup(LaneProcessGroup):
             "max": self._mpi.MAX,
         }
         group = world.Get_group().Incl(members)
-        # Members of one group agree on a tag through their store's own counter: groups may be made side by side.
+        # A tag that the members agree on, so that groups of other ranks may be made at the same time.
         tag = sum(members) % _LARGEST_TAG
         self._lane.run(Call(f"joining a group of {size} ranks", lambda: self._join(group, tag), timeout=self._timeout))
 

@@ -11,7 +11,9 @@ the additions, and the library's own order is not gloo's (and changes with the m
 all_gather instead of one native call.
 """
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
@@ -27,7 +29,7 @@ from effnn.comm.interfaces import communication_interface
 from effnn.comm.layout import flat_view
 from effnn.comm.oneccl_library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.process_group import LaneProcessGroup
-from effnn.comm.work import Call, Lane
+from effnn.comm.work import Call, Lane, skip_destructors
 
 _TYPE_NUMBERS = {
     torch.int8: TYPES["i8"],
@@ -53,6 +55,10 @@ SUPPORT = {
     "all_to_all": "native",
     "barrier": "composed",
 }
+
+logger = logging.getLogger(__name__)
+
+_LEAVING = 5.0  # seconds that a rank which leaves a group waits for the others
 
 SUM_ORDERS = ("native", "gloo")
 
@@ -89,9 +95,12 @@ class OneCCLProcessGroup(LaneProcessGroup):
             self._messages = _gloo_beside(dist.PrefixStore("messages/", store), rank, size, timeout)
 
     def _join(self) -> None:
+        # Numbered, since a store may outlive a group and serve its successor.
+        self._number = self._store.add(f"oneccl_joins_{self._rank}", 1)
+        key = f"oneccl_id_{self._number}"
         if self._rank == 0:
-            self._store.set("oneccl_id", library().unique_id().hex())
-        shared = bytes.fromhex(self._store.get("oneccl_id").decode())
+            self._store.set(key, library().unique_id().hex())
+        shared = bytes.fromhex(self._store.get(key).decode())
         self._communicator = library().communicator(shared, self._rank, self._size)
 
     # Native calls.
@@ -195,16 +204,43 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._communicator.call(name, *arguments)
 
     def _close(self) -> None:
-        """Wait for what was issued, then free the communicator."""
+        """Wait for what was issued, meet the others, and free the communicator.
+
+        The library's own end is collective and ends a process whose peers are gone. If not all ranks have come within a
+        few seconds, it is left out, here and at the end of the process.
+        """
         self._messages = None
-        self._lane.run(Call("leaving the group", self._communicator.destroy, timeout=self._timeout))
+        self._lane.run(Call("leaving the group", lambda: None, timeout=self._timeout))  # after all that was issued
+        if self._all_leave():
+            self._lane.run(Call("leaving the group", self._communicator.destroy, timeout=self._timeout))
+        else:
+            skip_destructors()
+            logger.warning("not every rank has left this ccl group; its communicator is not freed")
+
+    def _all_leave(self) -> bool:
+        """Whether every rank has come to leave; the first that knows, or that tires of waiting, decides it for all."""
+        end, place = time.monotonic() + min(self._timeout, _LEAVING), f"oneccl_left_{self._number}"
+        try:
+            self._store.add(place, 1)
+            while self._store.add(place, 0) < self._size and time.monotonic() < end:
+                time.sleep(0.005)
+            answer = "all" if self._store.add(place, 0) == self._size else "not all"
+            return self._store.compare_set(f"{place}_decided", "", answer) == b"all"
+        except Exception:  # the rank that serves the store is gone
+            return False
+
+
+@cache
+def _device(interface: str) -> object:
+    """gloo's device of an interface: its threads are shared by all groups."""
+    return dist.ProcessGroupGloo.create_device(interface=interface)
 
 
 def _gloo_beside(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
     """A gloo group on the interface that oneCCL uses; left to itself gloo takes what the host's name resolves to."""
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(interface=communication_interface())]
+    options._devices = [_device(communication_interface())]
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 

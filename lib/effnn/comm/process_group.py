@@ -18,11 +18,11 @@ from torch import Tensor
 
 from effnn.base import InvalidInput
 from effnn.comm.arguments import Checks
-from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, single, then
+from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, overlaps, single, then
 from effnn.comm.other_devices import other_device_group
 from effnn.comm.requests import AllOf, Steps
 from effnn.comm.sparse import sum_of_rows
-from effnn.comm.work import Call, CollectiveFailed, Lane, LaneWork, Request
+from effnn.comm.work import Call, CollectiveFailed, Lane, LaneWork, LibraryError, Request
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,11 @@ class LaneProcessGroup(dist.ProcessGroup):
     def get_group_store(self) -> dist.Store:
         return self._store
 
+    @property
+    def timeout(self) -> timedelta:
+        """Time-out of a call that brings none of its own."""
+        return timedelta(seconds=self._timeout)
+
     def set_timeout(self, timeout: timedelta) -> None:
         """Time-out of calls issued from now on."""
         self._timeout = timeout.total_seconds()
@@ -91,7 +96,10 @@ class LaneProcessGroup(dist.ProcessGroup):
                 except CollectiveFailed as error:
                     logger.warning("leaving a %s group: %s", self.NAME, error)
 
-    abort = shutdown
+    def abort(self) -> None:
+        """Give up what was issued, on every group of the library in this process; nothing is waited for."""
+        self._closed = True
+        self._lane.fail(CollectiveFailed(f"a {self.NAME} group was aborted"))
 
     # Collectives, under torch's names.
 
@@ -191,8 +199,8 @@ class LaneProcessGroup(dist.ProcessGroup):
         if other is not None:
             return other
         self._checks.ratio("all_gather_into_tensor", outputs, inputs)
-        flats = [flat_view(tensor) for tensor in inputs]
         targets, finish = flat_in_place(outputs)
+        flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
 
         def start() -> list[Request | None]:
             pairs = zip(targets, flats, strict=True)
@@ -285,8 +293,8 @@ class LaneProcessGroup(dist.ProcessGroup):
             return other
         self._checks.ratio("reduce_scatter_tensor", inputs, outputs)
         operation = self._checks.operation("reduce_scatter", opts, inputs)
-        flats = [flat_view(tensor) for tensor in inputs]
         targets, finish = flat_in_place(outputs)
+        flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
 
         def start() -> list[Request | None]:
             pairs = zip(targets, flats, strict=True)
@@ -310,7 +318,8 @@ class LaneProcessGroup(dist.ProcessGroup):
             return other
         if output.dtype != tensor.dtype:
             raise InvalidInput(f"all_to_all: output is {output.dtype}, input {tensor.dtype}; expected the same")
-        flat, ((target,), finish) = flat_view(tensor), flat_in_place([output])
+        (target,), finish = flat_in_place([output])
+        flat = self._apart(flat_view(tensor), [target])
         if not output_splits and not input_splits:
             if tensor.numel() % self._size or output.numel() != tensor.numel():
                 raise InvalidInput(
@@ -347,7 +356,7 @@ class LaneProcessGroup(dist.ProcessGroup):
 
         def finish() -> None:
             for output, part in zip(outputs, target.split(received), strict=True):
-                output.copy_(part.view(output.shape))
+                output.detach().copy_(part.view(output.shape))
 
         return self._issue("all_to_all", start, outputs, finish, opts)
 
@@ -356,14 +365,17 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("send", tensors)
+        self._expect_open("send")
         return self._other("send", tensors, tensors, rank, tag) or self._send(tensor, rank, tag)
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
+        self._expect_open("recv")
         return self._other("recv", tensors, tensors, rank, tag) or self._receive(tensor, rank, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
+        self._expect_open("recv")
         return self._other("recv_anysource", tensors, tensors, tag) or self._receive(tensor, None, tag)
 
     # The names that older releases and the C++ side use for the same calls.
@@ -394,10 +406,19 @@ class LaneProcessGroup(dist.ProcessGroup):
     ) -> LaneWork:
         return self.all_to_all_single(output, tensor, output_splits, input_splits, opts)
 
+    def _apart(self, flat: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The input, copied where it shares memory with an output and the library forbids that."""
+        if self._may_alias or not any(overlaps(flat, target) for target in targets):
+            return flat
+        return flat.clone()
+
     # What a library fills in. All run on the lane; None means finished, a request that it goes on.
 
     _gathers_everywhere = False
     """Whether gather and scatter need a buffer for all ranks' parts on every rank, not on the root alone."""
+
+    _may_alias = True
+    """Whether input and output of a call may share memory."""
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> Request | None:
         raise NotImplementedError
@@ -455,17 +476,25 @@ class LaneProcessGroup(dist.ProcessGroup):
         source: Callable[[], int] | None = None,
     ) -> LaneWork:
         """Put a call on the lane. flat: what is sent; where it is empty there is nothing to do (on any rank)."""
-        if self._closed:
-            raise InvalidInput(f"{name}: this {self.NAME} group was destroyed")
+        self._expect_open(name)
 
         def run() -> Request | None:
             if flat is not None and not flat.numel():
                 return None
-            begun = start()
+            try:
+                begun = start()
+            except LibraryError:
+                raise
+            except Exception as error:  # peers may have begun: what they and we call next would not fit together
+                raise LibraryError(f"{name} over {self.NAME}: {error}") from error
             return AllOf.of(begun) if isinstance(begun, list) else begun
 
         call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source)
         return self._lane.submit(call)
+
+    def _expect_open(self, name: str) -> None:
+        if self._closed:
+            raise InvalidInput(f"{name}: this {self.NAME} group was destroyed")
 
     def _limit(self, opts: object) -> float | None:
         """Seconds: what the call asks for, else the group's. torch fills in its own default, which is negative."""
@@ -483,7 +512,7 @@ class LaneProcessGroup(dist.ProcessGroup):
 
         def finish() -> None:
             for part, buffer in zip(parts, buffers, strict=True):
-                part.copy_(buffer.view(part.shape))
+                part.detach().copy_(buffer.view(part.shape))
 
         return self._issue("all_gather", start, parts, finish, opts)
 

@@ -71,6 +71,7 @@ class LaneWork(dist.Work):
     def __init__(self, lane: "Lane", call: Call):
         super().__init__()
         self._lane, self._call = lane, call
+        self._inference = torch.is_inference_mode_enabled()  # of the thread that issued it: the lane goes on in it
         self._error: Exception | None = None
         self._finished = False
         self._signal = threading.Lock()  # held until the call has ended; cheaper than an Event
@@ -130,6 +131,10 @@ class LaneWork(dist.Work):
                     _complete(self._base)
             return self._future
 
+    def mode(self) -> contextlib.AbstractContextManager:
+        """inference_mode() on the lane if the call was issued in it: only there may its tensors be written to."""
+        return torch.inference_mode() if self._inference else contextlib.nullcontext()
+
     def _value(self, _: torch.futures.Future) -> list[Tensor]:
         if self._error is not None:
             raise self._error
@@ -142,6 +147,7 @@ class LaneWork(dist.Work):
                 return
             self._error, self._finished = error, True
             base = self._base
+        self._call.start = self._call.finish = None  # a handle that is kept must not keep inputs and buffers
         self._signal.release()
         if base is not None:
             _complete(base)
@@ -205,14 +211,14 @@ class Lane:
             self.failure = error
             given_up = [*self._running, *self._waiting]
         if self._inside:
-            _skip_destructors()
+            skip_destructors()
         for work in given_up:
             work._end(error if work in self._running else self._after_failure(work._call))
 
     def _after_failure(self, call: Call) -> CollectiveFailed:
         return CollectiveFailed(
             f"{call.name}: {self.name} is not used any more in this process, since an earlier call failed: "
-            f"{self.failure}. Start the processes again."
+            f"{str(self.failure).rstrip('.')}. Start the processes again."
         )
 
     def _after_stop(self, call: Call) -> CollectiveFailed:
@@ -246,7 +252,8 @@ class Lane:
             self._running[work] = (None, deadline)
         self._inside = True
         try:
-            request = call.start()
+            with work.mode():
+                request = call.start()
             if request is None:
                 self._finish(work)
             else:
@@ -259,14 +266,17 @@ class Lane:
     def _poll(self) -> None:
         for work, (request, _) in list(self._running.items()):
             try:
-                if request is not None and request.test():
+                with work.mode():
+                    ended = request is not None and request.test()
+                if ended:
                     self._finish(work)
             except Exception as error:
                 self._error(work, error)
 
     def _finish(self, work: LaneWork) -> None:
         if work._call.finish is not None:
-            work._call.finish()
+            with work.mode():
+                work._call.finish()
         self._forget(work)
         work._end()
 
@@ -307,7 +317,7 @@ class Lane:
             self._stopped.set()
         self._queue.put(None)  # wakes the lane
         if self._inside or self.failure is not None:
-            _skip_destructors()
+            skip_destructors()
         else:
             for thread in self._threads:
                 thread.join(_STOP)
@@ -336,7 +346,7 @@ def _complete(future: torch.futures.Future) -> None:
         _completers().submit(future.set_result, None)
 
 
-def _skip_destructors() -> None:
+def skip_destructors() -> None:
     """End the process, when it ends, with its own status but without the C++ destructors of a library in use.
 
     glibc runs such handlers in reverse order of registration: `_exit` comes before those of libraries loaded earlier.
