@@ -19,13 +19,17 @@ import pandas as pd
 
 from effnn import paths
 from effnn.base import EffnnError, InvalidInput, write_json
-from effnn.experiments import bench_comm, bench_ltp
+from effnn.experiments import bench_comm, bench_ltp, bench_staged
 from effnn.experiments.bench_result import Measured
 from effnn.report import Rule, bench_table, provenance, write_claims
 
 log = logging.getLogger(__name__)
 
-BENCHMARKS: dict[str, Callable[[], Measured]] = {**bench_comm.BENCHMARKS, **bench_ltp.BENCHMARKS}
+BENCHMARKS: dict[str, Callable[[], Measured]] = {
+    **bench_comm.BENCHMARKS,
+    **bench_ltp.BENCHMARKS,
+    **bench_staged.BENCHMARKS,
+}
 """Key of data/bench.csv -> the function that measures it."""
 
 

@@ -1,0 +1,94 @@
+"""Staged training: grow a GPT-2 in width and depth, with its optimizer, such that the loss stays where it is.
+
+    from effnn import staged
+    grown = staged.grow(model, optimizer, scheduler, width=2, depth=2)
+    grown.model, grown.optimizer, grown.scheduler       # new ones; the originals are untouched
+    grown.model.save_pretrained(folder)                 # a stock GPT-2: GPT2LMHeadModel.from_pretrained(folder)
+
+Shen et al., "Staged Training for Transformer Language Models", 2022, arXiv 2203.06211.
+"""
+
+from effnn.staged.clipping import clip_grad_norm_, gradient_norm
+from effnn.staged.curves import KAPLAN, Curve, LawFit, LossLaw, fit_loss_law
+from effnn.staged.depth import INITS, ORDERS
+from effnn.staged.flops import CONVENTIONS, Shape, compute_saving, staged_flops, training_flops
+from effnn.staged.grow import Grown, evaluate_loss, grow
+from effnn.staged.learning_rate import REWARM_STEPS, Rewarmed, WarmupStableDecay, peak_learning_rate
+from effnn.staged.optimizer import MOMENTS, WIDTH_RULES
+from effnn.staged.record import GrowthRecord, history, total_width
+from effnn.staged.saving import load_optimizer, save_optimizer
+from effnn.staged.schedule import (
+    PATHS,
+    RHOS,
+    BestProjection,
+    Projection,
+    Schedule,
+    authors_projection,
+    best_projection,
+    best_schedules,
+    growth_rho,
+    project,
+    target_step,
+)
+from effnn.staged.sizes import factors
+from effnn.staged.slope import (
+    TAU_OPT,
+    TAUS,
+    authors_crossing,
+    crossing,
+    find_crossing,
+    growth_tau,
+    local_slope,
+    stopping_tau,
+)
+
+__all__ = [
+    "KAPLAN",
+    "Curve",
+    "LawFit",
+    "LossLaw",
+    "fit_loss_law",
+    "CONVENTIONS",
+    "Shape",
+    "compute_saving",
+    "staged_flops",
+    "training_flops",
+    "REWARM_STEPS",
+    "Rewarmed",
+    "WarmupStableDecay",
+    "peak_learning_rate",
+    "PATHS",
+    "RHOS",
+    "BestProjection",
+    "Projection",
+    "Schedule",
+    "authors_projection",
+    "best_projection",
+    "best_schedules",
+    "growth_rho",
+    "project",
+    "target_step",
+    "TAU_OPT",
+    "TAUS",
+    "authors_crossing",
+    "crossing",
+    "find_crossing",
+    "growth_tau",
+    "local_slope",
+    "stopping_tau",
+    "INITS",
+    "MOMENTS",
+    "ORDERS",
+    "WIDTH_RULES",
+    "Grown",
+    "GrowthRecord",
+    "clip_grad_norm_",
+    "evaluate_loss",
+    "factors",
+    "gradient_norm",
+    "grow",
+    "history",
+    "load_optimizer",
+    "save_optimizer",
+    "total_width",
+]
