@@ -625,6 +625,30 @@ def settle(pending):
     pending.clear()
 
 
+def disagree():
+    """Calls that do not fit together: what each rank is told, and that the next call works."""
+    rank, size = place()
+    found = []
+    for tensor in (
+        torch.ones(4, dtype=torch.float64 if rank else torch.float32),
+        torch.ones(4 + rank),
+    ):
+        try:
+            dist.all_reduce(tensor)
+            found.append("nothing raised")
+        except CollectiveFailed as error:
+            found.append(str(error))
+    try:
+        dist.broadcast(torch.ones(4), 0) if rank else dist.all_reduce(torch.ones(4))
+        found.append("nothing raised")
+    except CollectiveFailed as error:
+        found.append(str(error))
+    tensor = numbers(rank)
+    dist.all_reduce(tensor)
+    same(tensor, everyone().sum(0))
+    return found
+
+
 def leave_alone(seconds):
     """Rank 0 leaves its group at once, the others much later; the store is gone by then."""
     dist.all_reduce(torch.ones(3))

@@ -77,6 +77,21 @@ def test_many_random_collectives_agree_with_gloo(backend, size, seed):
 
 
 @pytest.mark.parametrize("backend", OURS)
+def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(backend):
+    found = launch.run(workers.disagree, 2, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=60, group_timeout=20)
+    for types, sizes, names in found:
+        assert "torch.float32 x 4" in types and "torch.float64 x 4" in types
+        assert "x 5" in sizes
+        assert "broadcast" in names and "all_reduce" in names
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_everything_works_while_the_ranks_compare_their_calls(backend):
+    checked = launch.run(workers.run_checks, 3, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=120, group_timeout=20)
+    assert [{name for name, trace in rank.items() if trace} for rank in checked] == [set()] * 3
+
+
+@pytest.mark.parametrize("backend", OURS)
 def test_a_rank_that_leaves_late_neither_hangs_nor_crashes(backend):
     outcomes = launch.run_outcomes(workers.leave_alone, 2, backend, args=(8,), timeout=60, group_timeout=20, grace=20)
     assert [(outcome.ok, outcome.result, outcome.exit_code) for outcome in outcomes] == [(True, False, 0)] * 2

@@ -230,6 +230,7 @@ class MPIProcessGroup(LaneProcessGroup):
             f"send to rank {rank}",
             lambda: _Wait(self._communicator.Isend(_buffer(as_bytes(flat), self._mpi), rank, tag)),
             [tensor],
+            alike="",
         )
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> LaneWork:
@@ -244,7 +245,7 @@ class MPIProcessGroup(LaneProcessGroup):
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
 
-        return self._issue("recv", start, [tensor], finish, source=status.Get_source)
+        return self._issue("recv", start, [tensor], finish, source=status.Get_source, alike="")
 
     def _close(self) -> None:
         self._lane.run(Call("leaving the group", self._communicator.Free, timeout=self._timeout))

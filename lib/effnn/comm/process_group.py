@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
+from effnn.comm.agreement import Agreement, describe, wanted
 from effnn.comm.arguments import Checks
 from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, overlaps, single, then
 from effnn.comm.other_devices import other_device_group
@@ -41,6 +42,7 @@ class LaneProcessGroup(dist.ProcessGroup):
         self._lane, self._store, self._rank, self._size = lane, store, rank, size
         self._timeout = timeout.total_seconds()
         self._checks = Checks(self.NAME, size)
+        self._agreement = Agreement(dist.PrefixStore("calls/", store), rank, size) if wanted() else None
         self._closed = False
         self._name = self._description = ""
         self._others: dict[str, dist.ProcessGroup] = {}  # device type -> group for tensors that are not on the CPU
@@ -278,7 +280,12 @@ class LaneProcessGroup(dist.ProcessGroup):
             return [self._run_reduce(part, root, operation) for root, part in enumerate(copies) if part.numel()]
 
         return self._issue(
-            "reduce_scatter", start, [output], then(lambda: target.copy_(copies[self._rank]), finish), opts
+            "reduce_scatter",
+            start,
+            [output],
+            then(lambda: target.copy_(copies[self._rank]), finish),
+            opts,
+            alike="types",
         )
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
@@ -337,7 +344,7 @@ class LaneProcessGroup(dist.ProcessGroup):
         received = self._checks.splits("output", output, output_splits)
         sent = self._checks.splits("input", tensor, input_splits)
         start = self._uneven_all_to_all(target, flat, received, sent)
-        return self._issue("all_to_all", start, [output], finish, opts)
+        return self._issue("all_to_all", start, [output], finish, opts, alike="types")
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None) -> LaneWork:
         other = self._other("alltoall", [*outputs, *inputs], outputs, inputs, opts)
@@ -358,7 +365,7 @@ class LaneProcessGroup(dist.ProcessGroup):
             for output, part in zip(outputs, target.split(received), strict=True):
                 output.detach().copy_(part.view(output.shape))
 
-        return self._issue("all_to_all", start, outputs, finish, opts)
+        return self._issue("all_to_all", start, outputs, finish, opts, alike="types")
 
     def barrier(self, opts: object = None) -> LaneWork:
         return self._issue("barrier", self._run_barrier, [], None, opts)
@@ -474,11 +481,19 @@ class LaneProcessGroup(dist.ProcessGroup):
         opts: object = None,
         flat: Tensor | None = None,
         source: Callable[[], int] | None = None,
+        alike: str = "sizes",
     ) -> LaneWork:
-        """Put a call on the lane. flat: what is sent; where it is empty there is nothing to do (on any rank)."""
+        """Put a call on the lane. flat: what is sent; where it is empty there is nothing to do (on any rank).
+
+        alike: what all ranks have in common of the tensors: "sizes" (and types), "types", or "" (not a collective).
+        """
         self._expect_open(name)
 
+        text = describe(name, [flat] if flat is not None else result, alike == "sizes") if self._agreement else ""
+
         def run() -> Request | None:
+            if self._agreement is not None and alike:
+                self._agreement.check(text)
             if flat is not None and not flat.numel():
                 return None
             try:
