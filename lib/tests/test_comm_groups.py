@@ -1,10 +1,15 @@
 """Process groups: every collective on every backend present, against values worked out by hand and against gloo."""
 
+import ast
+import inspect
+
 import comm_group_workers as workers
 import pytest
 from comm_backends import need, parameters
 
-from effnn.comm import launch
+from effnn.comm import launch, process_group
+from effnn.comm.mpi import MPIProcessGroup
+from effnn.comm.oneccl import OneCCLProcessGroup
 
 OURS = parameters(("ccl", "mpi4py"))
 BUCKETS_MB = (0.001, 0.005, 0.02, 25)
@@ -31,6 +36,19 @@ def answers(backend, size):
 def test_a_check_on_all_ranks(backend, size, name):
     for rank, found in enumerate(answers(backend, size)):
         assert found[name] is None, f"rank {rank}:\n{found[name]}"
+
+
+@pytest.mark.parametrize("group", [OneCCLProcessGroup, MPIProcessGroup])
+def test_a_library_fills_in_all_that_the_base_leaves_open(group):
+    tree = ast.parse(inspect.getsource(process_group))
+    left_open = [
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "raise NotImplementedError" in ast.unparse(node.body[-1])
+    ]
+    assert len(left_open) > 10
+    base = process_group.LaneProcessGroup
+    assert [name for name in left_open if getattr(group, name) is getattr(base, name)] == []
 
 
 @pytest.mark.parametrize("backend", OURS)

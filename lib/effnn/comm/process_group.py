@@ -387,39 +387,14 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     # The names that older releases and the C++ side use for the same calls.
 
-    def _allgather_base(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        return self.all_gather_single(output, tensor, opts)
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
 
-    def allgather_into_tensor_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
-    ) -> LaneWork:
-        return self.all_gather_single_coalesced(outputs, inputs, opts)
-
-    def _reduce_scatter_base(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        return self.reduce_scatter_single(output, tensor, opts)
-
-    def reduce_scatter_tensor_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
-    ) -> LaneWork:
-        return self.reduce_scatter_single_coalesced(outputs, inputs, opts)
-
-    def alltoall_base(
-        self,
-        output: Tensor,
-        tensor: Tensor,
-        output_splits: Sequence[int] = (),
-        input_splits: Sequence[int] = (),
-        opts: object = None,
-    ) -> LaneWork:
-        return self.all_to_all_single(output, tensor, output_splits, input_splits, opts)
-
-    def _apart(self, flat: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The input, copied where it shares memory with an output and the library forbids that."""
-        if self._may_alias or not any(overlaps(flat, target) for target in targets):
-            return flat
-        return flat.clone()
-
-    # What a library fills in. All run on the lane; None means finished, a request that it goes on.
+    # What a library fills in (an abstract base class is not possible: torch's has a metaclass of its own). All run on
+    # the lane; None means finished, a request that it goes on.
 
     _gathers_everywhere = False
     """Whether gather and scatter need a buffer for all ranks' parts on every rank, not on the root alone."""
@@ -567,6 +542,12 @@ class LaneProcessGroup(dist.ProcessGroup):
                 tensor.copy_(total / self._size if operation == "avg" else total)
 
         return self._issue("sparse all_reduce", lambda: Steps.of(steps()), [tensor], opts=opts)
+
+    def _apart(self, flat: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The input, copied where it shares memory with an output and the library forbids that."""
+        if self._may_alias or not any(overlaps(flat, target) for target in targets):
+            return flat
+        return flat.clone()
 
     def _other(self, method: str, tensors: Sequence[Tensor], *arguments: object) -> dist.Work | None:
         """Run the call elsewhere if its tensors are not on the CPU; None if they are."""
