@@ -12,13 +12,12 @@ import torch
 from effnn.base import InvalidInput
 from effnn.report import published
 from effnn.staged.curves import KAPLAN, Curve, LossLaw
+from effnn.staged.paths import PATHS, best_schedules
 from effnn.staged.schedule import (
-    PATHS,
     RHOS,
     Projection,
     authors_projection,
     best_projection,
-    best_schedules,
     growth_rho,
     project,
     target_step,

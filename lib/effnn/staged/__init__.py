@@ -5,6 +5,9 @@
     grown.model, grown.optimizer, grown.scheduler       # new ones; the originals are untouched
     grown.model.save_pretrained(folder)                 # a stock GPT-2: GPT2LMHeadModel.from_pretrained(folder)
 
+    state = staged.train(config, [staged.Stage(800), staged.Stage(400, width=2)], recipe, tokens, validation)
+    state.model, state.points                           # the grown model, and the loss over steps, tokens and FLOPs
+
 Shen et al., "Staged Training for Transformer Language Models", 2022, arXiv 2203.06211.
 """
 
@@ -15,17 +18,15 @@ from effnn.staged.flops import CONVENTIONS, Shape, compute_saving, staged_flops,
 from effnn.staged.grow import Grown, evaluate_loss, grow
 from effnn.staged.learning_rate import REWARM_STEPS, Rewarmed, WarmupStableDecay, peak_learning_rate
 from effnn.staged.optimizer import MOMENTS, WIDTH_RULES
+from effnn.staged.paths import PATHS, PlannedStage, Schedule, best_schedules
 from effnn.staged.record import GrowthRecord, history, total_width
 from effnn.staged.saving import load_optimizer, save_optimizer
 from effnn.staged.schedule import (
-    PATHS,
     RHOS,
     BestProjection,
     Projection,
-    Schedule,
     authors_projection,
     best_projection,
-    best_schedules,
     growth_rho,
     project,
     target_step,
@@ -41,8 +42,17 @@ from effnn.staged.slope import (
     local_slope,
     stopping_tau,
 )
+from effnn.staged.state import PRECISIONS, Diverged, Point, Recipe, Stage, TrainState
+from effnn.staged.train import train
 
 __all__ = [
+    "PRECISIONS",
+    "Diverged",
+    "Point",
+    "Recipe",
+    "Stage",
+    "TrainState",
+    "train",
     "KAPLAN",
     "Curve",
     "LawFit",
@@ -58,13 +68,14 @@ __all__ = [
     "WarmupStableDecay",
     "peak_learning_rate",
     "PATHS",
+    "PlannedStage",
+    "Schedule",
+    "best_schedules",
     "RHOS",
     "BestProjection",
     "Projection",
-    "Schedule",
     "authors_projection",
     "best_projection",
-    "best_schedules",
     "growth_rho",
     "project",
     "target_step",
