@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -47,7 +48,8 @@ NAMES = ("docstrings", "text", *corpus_hub.PLACES)
 # A vocabulary gets no better by counting more; this bounds time and memory of training on a large corpus.
 TRAINING_BATCHES = 100  # of about a megabyte
 _DOCSTRINGS_CODE = [corpus_docstrings, text_task]
-_CODE = [corpus_documents, corpus_files, corpus_hub, corpus_lambada, text_rows, token_files, tokens]
+_READERS = [corpus_documents, corpus_files, corpus_hub, corpus_lambada, text_rows, text_task]
+_CODE = [sys.modules[__name__], *_READERS, token_files, tokens]
 
 
 @dataclass(frozen=True, eq=False)

@@ -192,7 +192,7 @@ def _line_end(path: Path, share: float) -> int:
         ahead = file.read(max(4, size // 200))
     if found := ahead.find(b"\n") + 1:
         return position + found
-    return position + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+    return position + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
 
 
 def _sha256(path: Path) -> str:

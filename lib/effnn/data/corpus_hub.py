@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from effnn import paths
@@ -104,7 +105,7 @@ def documents(name: str) -> Documents:
         name,
         f"hub: {place.id}/{place.config} at {place.revision[:12]}" + (f", {partly}" if partly else ""),
         {"id": place.id, "config": place.config, "rows": {split: vars(state) for split, state in states.items()}},
-        lambda split: _read(place, folder, split),
+        lambda split: _read(place, folder, states, split),
         {split: _characters(place, states, split) for split in SPLITS},
         cut="train" in states and not states["train"].whole,
     )
@@ -160,14 +161,26 @@ def read_state(folder: Path, split: str) -> State | None:
     return State(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def _read(place: Place, folder: Path, split: str) -> Iterator[Piece]:
+def _read(place: Place, folder: Path, states: dict[str, State], split: str) -> Iterator[Piece]:
     if not (found := place.of(split)):
         return iter(())
     theirs, low, high = found
-    rows = (text for path in shards(folder, theirs) for text in read_rows(path))
+    rows = _rows(folder, theirs, states[theirs].rows)
     if place.stream:
         return in_pieces(row or " \n" for row in rows)  # the published file has " \n" where the hub has an empty row
     return whole(text for text in rows if low <= unit_hash(text) < high)
+
+
+def _rows(folder: Path, split: str, expected: int) -> Iterator[str]:
+    """So many rows, from the first: shards of a download that is still to go on are left out."""
+    rows = 0
+    for text in islice((text for path in shards(folder, split) for text in read_rows(path)), expected):
+        rows += 1
+        yield text
+    if rows < expected:
+        raise InvalidInput(
+            f"{folder}: {split} holds {rows:,} rows, {expected:,} were downloaded; delete the folder and download again"
+        )
 
 
 def _characters(place: Place, states: dict[str, State], split: str) -> int:

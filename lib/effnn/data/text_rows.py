@@ -6,6 +6,7 @@ any size can be read; a bad row stops the reading with its file and line.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _json_lines(path: Path) -> Iterator[str]:
             raise InvalidInput(f"{path}, line {number}: not UTF-8 (byte {error.start} of the line)") from error
         except json.JSONDecodeError as error:
             raise InvalidInput(f"{path}, line {number}: not JSON ({error.msg})") from error
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InvalidInput(f"{path}, after line {number}: the compressed file is damaged ({error})") from error
 
 
@@ -59,6 +60,11 @@ def _parquet(path: Path) -> Iterator[str]:
                 found = ", ".join(file.schema_arrow.names)
                 raise InvalidInput(f'{path}: expected a column "{COLUMN}", found {found}')
             for batch in file.iter_batches(batch_size=1000, columns=[COLUMN]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except pyarrow.ArrowInvalid as error:
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise InvalidInput(
+                            f'{path}: expected strings in column "{COLUMN}", found {type(text).__name__}'
+                        )
+                    yield text or ""
+    except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
         raise InvalidInput(f"{path}: not a whole Parquet file ({error})") from error

@@ -125,7 +125,7 @@ class Pretrained:
         if tokenizer.eos_token_id is None:
             raise InvalidInput(f"{type(tokenizer).__name__} has no end-of-sequence token to separate documents with")
         self._tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # more than there are tokens where ids are left out
         self.separator = (tokenizer.eos_token_id,)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         settled = {key: value for key, value in state.items() if key not in ("padding", "truncation")}  # set by calls

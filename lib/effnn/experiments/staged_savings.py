@@ -38,7 +38,8 @@ class Setting:
 
     source, tokenizer: of the corpus (`effnn.data.corpus`). batch: sequences of `context` tokens a step. head: size of
     an attention head. warmup: steps, also of the re-warm after growth. evaluated: sequences of the validation and of
-    the test split on which an end point is measured. evaluate_every: steps between the points on the way.
+    the test split on which an end point is measured. evaluate_every: steps between the points on the way, which
+    are evaluated on `on_the_way` sequences.
     """
 
     source: str = "builtin"
@@ -51,6 +52,7 @@ class Setting:
     clip: float = 1.0
     evaluated: int = 1536
     evaluate_every: int = 100
+    on_the_way: int = 128
 
     def load(self) -> corpus.Corpus:
         """The corpus, from its cache after the first time."""
@@ -103,6 +105,31 @@ def standard_lines(
     }
 
 
+def candidate_lines(
+    small: tuple[int, int], target: tuple[int, int], steps: int, rates: dict[str, float], candidates: Sequence[float]
+) -> list[Line]:
+    """Return the lines "small@rate", "staged@rate" and "scratch@rate": each kind gets the same candidates.
+
+    rates: the small model's rate under "staged", where only the grown model's is tried.
+    """
+    return [
+        line
+        for rate in candidates
+        for line in (
+            Line(f"scratch@{rate:g}", (target,), (rate,)),
+            Line(f"staged@{rate:g}", (small, target), (rates["small"], rate), (steps,)),
+            Line(f"small@{rate:g}", (small,), (rate,)),
+        )
+    ]
+
+
+def tuned_lines(small: tuple[int, int], target: tuple[int, int], steps: int, tuned: pd.DataFrame) -> dict[str, Line]:
+    """Return the standard lines at the best rates of `best_rates`."""
+    best = tuned[tuned.best].set_index("what").rate
+    rates = {"small": best["small"], "grown": best["staged"], "scratch": best["scratch"]}
+    return standard_lines(small, target, steps, rates)
+
+
 def run_lines(
     jobs: Sequence[tuple[Line, Sequence[float]]], seeds: Iterable[int], setting: Setting, label: str = "lines"
 ) -> Outcome:
@@ -141,7 +168,7 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
         clip=setting.clip,
         seed=seed,
         evaluate_every=setting.evaluate_every,
-        evaluate_sequences=128,
+        evaluate_sequences=setting.on_the_way,
     )
 
     def go_on(start: object, stage: staged.Stage, recipe: staged.Recipe = recipe) -> staged.TrainState:
@@ -167,6 +194,8 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
     points = pd.DataFrame([dataclasses.asdict(point) for point in now.points])
     points.insert(0, "line", line.name)
     points.insert(1, "seed", seed)
+    sizes = [line.sizes.index(size) for size in zip(points.layers, points.width, strict=True)]
+    points.insert(2, "phase", sizes)  # how often it has grown by then
     return Outcome(pd.DataFrame(rows), points)
 
 
@@ -294,15 +323,10 @@ def jumps(points: pd.DataFrame) -> pd.DataFrame:
     """Return, by line and seed, the validation loss just before and just after the last growth, and the difference."""
     rows = []
     for (name, seed), own in points.groupby(["line", "seed"], sort=False):
-        last = own.stage.max()
-        before, after = own[own.stage < last], own[own.stage == last]
-        grown = after[(after.layers != own.layers.iloc[0]) | (after.width != own.width.iloc[0])]
-        if before.empty or grown.empty:
-            continue
-        born = own[(own.layers == grown.layers.iloc[0]) & (own.width == grown.width.iloc[0])].iloc[0]
-        earlier = own[own.step <= born.step]
-        before = earlier[(earlier.layers != born.layers) | (earlier.width != born.width)].validation_loss.iloc[-1]
-        rows.append((name, seed, before, born.validation_loss, born.validation_loss - before))
+        if last := own.phase.max():
+            before = own[own.phase == last - 1].validation_loss.iloc[-1]
+            after = own[own.phase == last].validation_loss.iloc[0]
+            rows.append((name, seed, before, after, after - before))
     return pd.DataFrame(rows, columns=["line", "seed", "before", "after", "jump"])
 
 
@@ -326,17 +350,90 @@ def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch
     rows = []
     for seed, of_seed in points.groupby("seed"):
         own, other = (of_seed[of_seed.line == name].sort_values("step", kind="stable") for name in (line, scratch))
-        born = own.step[own.stage == own.stage.max()].min()
-        upper = own[own.stage < own.stage.max()].validation_loss.iloc[-1]
-        grown = own[(own.stage == own.stage.max()) & (own.step > born)]
+        last = own.phase.max()
+        born = own.step[own.phase == last].min()
+        upper = own[own.phase < last].validation_loss.iloc[-1]
+        grown = own[(own.phase == last) & (own.step > born)]
         curve = staged.Curve((grown.step - born).tolist(), grown.validation_loss.tolist())
         target = other[other.step > 0]
         reference = staged.Curve(target.step.tolist(), target.validation_loss.tolist())
-        recovery = curve.x_at(min(upper, math.exp(float(curve.log_loss[0]))))
+        back = min(upper, float(curve.losses[0]))
+        recovery = max(curve.x_at(back), float(curve.x[0]))
         end = min(recovery + steps, float(curve.x[-1]))
         lower = max(curve.loss_at(end), float(np.exp(float(reference.log_loss[-1]))))
         own_steps = curve.x_at(lower) - recovery
-        its = reference.x_at(lower) - reference.x_at(curve.loss_at(recovery))
+        its = reference.x_at(lower) - reference.x_at(back)
         row = {"seed": seed, "upper": upper, "lower": lower, "recovery": recovery}
         rows.append(row | {"grown_steps": own_steps, "scratch_steps": its, "ratio": its / own_steps})
     return pd.DataFrame(rows)
+
+
+def run_map(
+    points: Sequence[Sequence[object]],
+    runs: Outcome,
+    rates: dict[str, float],
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    setting: Setting,
+) -> pd.DataFrame:
+    """Return what other growth paths save, one row a path and seed.
+
+    points: [kind, sizes of the stages, steps of all stages but the last]; the last size is that of `runs`, whose
+    reference from scratch they are compared with; all but the last stage train at rates["small"]. Columns: kind, steps,
+    seed, share (of the reference's FLOPs that is spent when the last growth comes), saving (percent; minus infinity
+    where the loss is never reached), small_saving (of the first stage's model continued, within the same budgets).
+    """
+    lines, small = {}, {}
+    for kind, sizes, steps in points:
+        name = f"{kind}@{'+'.join(map(str, steps))}"
+        stages = tuple(tuple(size) for size in sizes)
+        rate = (*[rates["small"]] * len(steps), rates["grown"])
+        lines[name] = (kind, Line(name, stages, rate, tuple(steps)))
+        small[stages[0]] = Line(f"small {stages[0]}", stages[:1], (rates["small"],))
+    reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
+    first = [(line, [max(budgets)]) for line in small.values()]
+    found = run_lines([(line, budgets) for _, line in lines.values()] + first, seeds, setting, "map")
+    table = savings(pd.concat([reference, found.ends]))
+    table = table[table.axis == "flops"].set_index(["line", "seed"])
+    rows = []
+    for name, (kind, line) in lines.items():
+        for seed in seeds:
+            own = found.points[(found.points.line == name) & (found.points.seed == seed)]
+            grown = own[own.phase == own.phase.max()]
+            entry = table.loc[(name, seed)]
+            row = {"kind": kind, "steps": name.split("@")[1], "seed": seed, "saving": entry.saving}
+            row["share"] = grown.flops.min() / entry.reference
+            row["small_saving"] = table.loc[(f"small {line.sizes[0]}", seed)].saving
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def run_peers(
+    lines: dict[str, Line], budgets: Sequence[float], runs: Outcome, seeds: Sequence[int], setting: Setting
+) -> pd.DataFrame:
+    """Return competitors' ways to grow beside ours, from the same small model at the same point and the same rates.
+
+    Growth in width for all but stacking, which doubles the depth of a model as wide as the target and half as deep, and
+    has ours in depth beside it. Columns: line, jump (of the validation loss at growth), test_loss (at the largest
+    budget), saving (percent of FLOPs against scratch), each the mean over seeds.
+    """
+    ours = lines["staged"]
+    layers, wide = ours.sizes[-1]
+    compared = {"ours (width)": replace(ours, name="ours (width)")}
+    compared |= {
+        peer: replace(ours, name=peer, growth=(("peer", peer),)) for peer in staged_peers.PEERS if peer != "stack"
+    }
+    if layers % 2 == 0:
+        deep = replace(ours, sizes=((layers // 2, wide), (layers, wide)))
+        compared |= {
+            "stack": replace(deep, name="stack", growth=(("peer", "stack"),)),
+            "ours (depth)": replace(deep, name="ours (depth)"),
+        }
+    found = run_lines([(line, budgets) for line in compared.values()], seeds, setting, "competitors")
+    reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
+    saved = savings(pd.concat([reference, found.ends]))
+    saved = saved[saved.axis == "flops"].groupby("line").saving.mean()
+    moved = jumps(found.points).groupby("line").jump.mean()
+    ends = found.ends[found.ends.budget == max(budgets)].groupby("line").test_loss.mean()
+    rows = [(name, moved[name], ends[name], saved[name]) for name in compared]
+    return pd.DataFrame(rows, columns=["line", "jump", "test_loss", "saving"])

@@ -32,10 +32,10 @@ def draw_frontier(ends: pd.DataFrame) -> Figure:
             x, mean = groups[axis].mean(), groups.test_loss.mean()
             spans = [interval(rows.test_loss.tolist()) or (rows.test_loss.mean(),) * 2 for _, rows in groups]
             low, high = zip(*spans, strict=True)
-            look = {"color": _COLORS[name], "ls": _STYLES[name], "marker": "o", "label": LABELS[name]}
+            look = {"color": _COLORS[name], "linestyle": _STYLES[name], "marker": "o", "label": LABELS[name]}
             if len(x) == 1:
                 error = [[mean.iloc[0] - low[0]], [high[0] - mean.iloc[0]]]
-                ax.errorbar(x, mean, yerr=error, capsize=4, **look | {"ls": "none"})
+                ax.errorbar(x, mean, yerr=error, capsize=4, **look | {"linestyle": "none"})
             else:
                 band(ax, x, mean, low, high, **look)
         target = ends[(ends.line == "scratch") & (ends.budget == ends[ends.line == "scratch"].budget.max())]
@@ -55,10 +55,10 @@ def draw_way(points: pd.DataFrame) -> Figure:
         look = {"color": _COLORS[name], "marker": "", "ls": _STYLES[name]}
         for _, rows in own.groupby("seed"):
             ax.plot(rows.flops, rows.validation_loss, lw=0.7, alpha=0.35, **look | {"ls": "-"})
-        shared = own.groupby(["stage", "step"], sort=False)[["flops", "validation_loss"]].mean()
+        shared = own.groupby(["phase", "step"], sort=False)[["flops", "validation_loss"]].mean()
         ax.plot(shared.flops, shared.validation_loss, label=LABELS[name], **look)
-        born = own[own.stage == own.stage.min()].groupby("seed").flops.max()
-        if name == "staged" and own.stage.nunique() > 1:
+        born = own[own.phase == 0].groupby("seed").flops.max()
+        if name == "staged" and own.phase.nunique() > 1:
             ax.axvline(born.mean(), color="0.35", lw=1.2, ls=":", label="growth")
     ax.set(
         xscale="log", xlabel="FLOPs without embeddings", ylabel="validation loss, nats a token",
@@ -79,7 +79,7 @@ def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
         own, other = (points[(points.seed == seed) & (points.line == name)] for name in ("staged", "scratch"))
         other = other[other.step > 0]
         entry = staged.Curve(other.step.tolist(), other.validation_loss.tolist()).x_at(row.upper)
-        grown = own[own.stage == own.stage.max()]
+        grown = own[own.phase == own.phase.max()]
         ax.plot(other.step, other.validation_loss, color=_COLORS["scratch"], ls="--", marker="", label="from scratch")
         ax.plot(
             grown.step - grown.step.min() + entry, grown.validation_loss, color=_COLORS["staged"], marker="",
@@ -93,11 +93,10 @@ def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
     return fig
 
 
-def draw_map(table: pd.DataFrame, small: pd.DataFrame, published: float, label: str) -> Figure:
+def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
     """Saving against the growth point: when growing pays, and whether it beats continuing the small model.
 
-    table: kind, share (of the reference's FLOPs that the stages before the last growth spend), saving (percent), seed.
-    small: kind and saving of the small model simply continued; minus infinity where it never gets there.
+    table: as `staged_savings.run_map` makes it. A path that never reaches the loss stands at the lower edge.
     """
     fig, ax = new_figure(width=8.0)
     worst = min(table.saving[np.isfinite(table.saving)].min(), 0) - 8
@@ -105,7 +104,7 @@ def draw_map(table: pd.DataFrame, small: pd.DataFrame, published: float, label: 
         means = rows.assign(saving=rows.saving.clip(lower=worst)).groupby("share").saving.mean()
         ax.plot(means.index, means, color=color, ls=style, marker="o", label=kind)
         ax.plot(rows.share, rows.saving.clip(lower=worst), color=color, ls="none", marker=".", ms=5, alpha=0.6)
-        own = small[small.kind == kind].saving.clip(lower=worst)
+        own = rows.small_saving.clip(lower=worst)
         if len(own) and math.isfinite(own.mean()) and own.mean() > worst:
             ax.axhline(own.mean(), color=color, ls=":", lw=1.2, label=f"its small model continued ({kind})")
     ax.axhline(0, color="0.35", lw=1.2)
