@@ -20,14 +20,14 @@ from transformers import GPT2Config
 from effnn import cache, staged
 from effnn.base import InvalidInput
 from effnn.data import corpus
-from effnn.experiments import pool, staged_peers
+from effnn.experiments import pool, staged_peers, staged_zero_shot
 from effnn.staged import batches, begin, clipping, depth, optimizer, state, step, train, width
 
 DECAY_SHARE = 0.2
 """Of a budget, spent while the rate falls linearly to zero."""
 
 _FOREVER = 10**9
-_CODE = [batches, begin, clipping, depth, optimizer, state, step, train, width, staged_peers]
+_CODE = [batches, begin, clipping, depth, optimizer, state, step, train, width, staged_peers, staged_zero_shot]
 AXES = {"flops": "FLOPs without embeddings", "flops_full": "FLOPs in full", "seconds": "seconds"}
 """What can be spent: both conventions of FLOPs are counted, the seconds are of this machine."""
 
@@ -36,15 +36,20 @@ AXES = {"flops": "FLOPs without embeddings", "flops_full": "FLOPs in full", "sec
 class Setting:
     """What all lines of a comparison share.
 
-    source, tokenizer: of the corpus (`effnn.data.corpus`). batch: sequences of `context` tokens a step. head: size of
-    an attention head. warmup: steps, also of the re-warm after growth. evaluated: sequences of the validation and of
-    the test split on which an end point is measured. evaluate_every: steps between the points on the way, which
-    are evaluated on `on_the_way` sequences.
+    text, source, tokenizer: name and origin of the corpus, as in `effnn.data.corpus`; limit_tokens: of its train split, 0 for all. batch: sequences
+    of `context` tokens a step, micro_batch of them at once (0: all). head: size of an attention head. warmup: steps,
+    also of the re-warm after growth. evaluated: sequences of the validation and of the test split on which an end point
+    is measured. evaluate_every: steps between the points on the way, which are evaluated on `on_the_way` sequences.
+    zero_shot: other texts that end points are measured on, (name, source) pairs (staged_zero_shot.py). device,
+    precision: as in `staged.train`.
     """
 
+    text: str = "docstrings"
     source: str = "builtin"
     tokenizer: str = "character"
+    limit_tokens: int = 0
     batch: int = 16
+    micro_batch: int = 0
     context: int = 64
     head: int = 16
     warmup: int = 50
@@ -53,11 +58,13 @@ class Setting:
     evaluated: int = 1536
     evaluate_every: int = 100
     on_the_way: int = 128
+    zero_shot: tuple[tuple[str, str], ...] = ()
+    device: str = "cpu"
+    precision: str = "float32"
 
     def load(self) -> corpus.Corpus:
         """The corpus, from its cache after the first time."""
-        name = "docstrings" if self.source == "builtin" else "text"
-        return corpus.load(name, self.source, self.tokenizer)
+        return corpus.load(self.text, self.source, self.tokenizer, limit_tokens=self.limit_tokens or None)
 
 
 @dataclass(frozen=True)
@@ -88,46 +95,41 @@ class Outcome:
     points: pd.DataFrame
 
 
-def standard_lines(
-    small: tuple[int, int], target: tuple[int, int], steps: int, rates: dict[str, float]
-) -> dict[str, Line]:
+Path = Sequence[tuple[int, int]]
+
+
+def standard_lines(path: Path, steps: Sequence[int], rates: dict[str, Sequence[float]]) -> dict[str, Line]:
     """Return the four lines of a comparison by name: scratch, staged, reset (moments anew) and small (continued).
 
-    small, target: (layers, width). steps: of the small model before it grows. rates: peak rates, keys small, grown and
-    scratch.
+    path: (layers, width) of every stage. steps: of every stage but the last. rates: peak rates; "staged" one a stage,
+    "scratch" and "small" one each. The small line is the staged run without its last growth: with two stages the small
+    model simply continued, with three what the first growth gave.
     """
-    path, pair = (small, target), (rates["small"], rates["grown"])
+    path, steps, stages = tuple(path), tuple(steps), tuple(rates["staged"])
     return {
-        "scratch": Line("scratch", (target,), (rates["scratch"],)),
-        "staged": Line("staged", path, pair, (steps,)),
-        "reset": Line("reset", path, pair, (steps,), (("moments", "reset"),)),
-        "small": Line("small", (small,), (rates["small"],)),
+        "scratch": Line("scratch", path[-1:], tuple(rates["scratch"])),
+        "staged": Line("staged", path, stages, steps),
+        "reset": Line("reset", path, stages, steps, (("moments", "reset"),)),
+        "small": Line("small", path[:-1], (*stages[:-2], *rates["small"]), steps[:-1]),
     }
 
 
 def candidate_lines(
-    small: tuple[int, int], target: tuple[int, int], steps: int, rates: dict[str, float], candidates: Sequence[float]
+    path: Path, steps: Sequence[int], rates: dict[str, Sequence[float]], candidates: Sequence[float]
 ) -> list[Line]:
-    """Return the lines "small@rate", "staged@rate" and "scratch@rate": each kind gets the same candidates.
-
-    rates: the small model's rate under "staged", where only the grown model's is tried.
-    """
-    return [
-        line
-        for rate in candidates
-        for line in (
-            Line(f"scratch@{rate:g}", (target,), (rate,)),
-            Line(f"staged@{rate:g}", (small, target), (rates["small"], rate), (steps,)),
-            Line(f"small@{rate:g}", (small,), (rate,)),
-        )
-    ]
+    """Return the lines "small@rate", "staged@rate" and "scratch@rate": each tries the same rates in its last stage."""
+    tried = []
+    for rate in candidates:
+        own = {"scratch": [rate], "small": [rate], "staged": [*rates["staged"][:-1], rate]}
+        lines = standard_lines(path, steps, own)
+        tried += [replace(lines[name], name=f"{name}@{rate:g}") for name in own]
+    return tried
 
 
-def tuned_lines(small: tuple[int, int], target: tuple[int, int], steps: int, tuned: pd.DataFrame) -> dict[str, Line]:
-    """Return the standard lines at the best rates of `best_rates`."""
+def tuned_rates(rates: dict[str, Sequence[float]], tuned: pd.DataFrame) -> dict[str, list[float]]:
+    """Return rates as for `standard_lines` with the best ones of `best_rates` in the last stages."""
     best = tuned[tuned.best].set_index("what").rate
-    rates = {"small": best["small"], "grown": best["staged"], "scratch": best["scratch"]}
-    return standard_lines(small, target, steps, rates)
+    return {"scratch": [best["scratch"]], "small": [best["small"]], "staged": [*rates["staged"][:-1], best["staged"]]}
 
 
 def run_lines(
@@ -143,7 +145,8 @@ def run_lines(
         (line, tuple(sorted(budgets)), setting, seed, corpus_fingerprint) for line, budgets in jobs for seed in seeds
     ]
     order = sorted(range(len(work)), key=lambda index: -_cost(*work[index][:3]))
-    found = pool.run_jobs(_remembered, [work[index] for index in order], label)
+    workers = None if setting.device == "cpu" else 1
+    found = pool.run_jobs(_remembered, [work[index] for index in order], label, workers)
     outcomes = [outcome for _, outcome in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
     return Outcome(*(pd.concat([getattr(o, part) for o in outcomes], ignore_index=True) for part in ("ends", "points")))
 
@@ -169,10 +172,12 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
         seed=seed,
         evaluate_every=setting.evaluate_every,
         evaluate_sequences=setting.on_the_way,
+        micro_batch=setting.micro_batch or None,
+        precision=setting.precision,
     )
 
     def go_on(start: object, stage: staged.Stage, recipe: staged.Recipe = recipe) -> staged.TrainState:
-        return staged.train(start, [stage], recipe, text.train, text.validation, progress=False)
+        return staged.train(start, [stage], recipe, text.train, text.validation, device=setting.device, progress=False)
 
     now = _follow(line, setting, recipe, text.vocab_size, go_on)
     each = staged.training_flops(staged.Shape.of(now.model.config), setting.batch * setting.context, setting.context)
@@ -237,9 +242,10 @@ def _ends(end: staged.TrainState, setting: Setting, text: corpus.Corpus) -> dict
     row["seconds"] = end.seconds
     for split in ("validation", "test"):
         windows = batches.validation_windows(getattr(text, split), setting.evaluated, setting.context, text.vocab_size)
-        losses = [float(step.token_loss(end.model, part, "sum")) for part in windows.split(64)]
+        parts = windows.split(setting.micro_batch or 64)
+        losses = [float(step.token_loss(end.model, part.to(end.model.device), "sum")) for part in parts]
         row[f"{split}_loss"] = math.fsum(losses) / windows[:, 1:].numel()
-    return row
+    return row | staged_zero_shot.evaluate(end.model, text.tokenizer, dict(setting.zero_shot), setting.context)
 
 
 def _cost(line: Line, budgets: Sequence[float], setting: Setting) -> float:
@@ -371,7 +377,7 @@ def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch
 def run_map(
     points: Sequence[Sequence[object]],
     runs: Outcome,
-    rates: dict[str, float],
+    rate: float,
     budgets: Sequence[float],
     seeds: Sequence[int],
     setting: Setting,
@@ -379,7 +385,7 @@ def run_map(
     """Return what other growth paths save, one row a path and seed.
 
     points: [kind, sizes of the stages, steps of all stages but the last]; the last size is that of `runs`, whose
-    reference from scratch they are compared with; all but the last stage train at rates["small"]. Columns: kind, steps,
+    reference from scratch they are compared with; all stages train at `rate`. Columns: kind, steps,
     seed, share (of the reference's FLOPs that is spent when the last growth comes), saving (percent; minus infinity
     where the loss is never reached), small_saving (of the first stage's model continued, within the same budgets).
     """
@@ -387,9 +393,8 @@ def run_map(
     for kind, sizes, steps in points:
         name = f"{kind}@{'+'.join(map(str, steps))}"
         stages = tuple(tuple(size) for size in sizes)
-        rate = (*[rates["small"]] * len(steps), rates["grown"])
-        lines[name] = (kind, Line(name, stages, rate, tuple(steps)))
-        small[stages[0]] = Line(f"small {stages[0]}", stages[:1], (rates["small"],))
+        lines[name] = (kind, Line(name, stages, (rate,) * len(stages), tuple(steps)))
+        small[stages[0]] = Line(f"small {stages[0]}", stages[:1], (rate,))
     reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
     first = [(line, [max(budgets)]) for line in small.values()]
     found = run_lines([(line, budgets) for _, line in lines.values()] + first, seeds, setting, "map")
@@ -409,15 +414,14 @@ def run_map(
 
 
 def run_peers(
-    lines: dict[str, Line], budgets: Sequence[float], runs: Outcome, seeds: Sequence[int], setting: Setting
+    ours: Line, budgets: Sequence[float], runs: Outcome, seeds: Sequence[int], setting: Setting
 ) -> pd.DataFrame:
     """Return competitors' ways to grow beside ours, from the same small model at the same point and the same rates.
 
-    Growth in width for all but stacking, which doubles the depth of a model as wide as the target and half as deep, and
-    has ours in depth beside it. Columns: line, jump (of the validation loss at growth), test_loss (at the largest
-    budget), saving (percent of FLOPs against scratch), each the mean over seeds.
+    ours: a line of two stages that grows in width. Stacking doubles the depth of a model as wide as the target and half
+    as deep instead, and has ours in depth beside it. Columns: line, jump (of the validation loss at growth), test_loss
+    (at the largest budget), saving (percent of FLOPs against scratch), each the mean over seeds.
     """
-    ours = lines["staged"]
     layers, wide = ours.sizes[-1]
     compared = {"ours (width)": replace(ours, name="ours (width)")}
     compared |= {
@@ -425,10 +429,8 @@ def run_peers(
     }
     if layers % 2 == 0:
         deep = replace(ours, sizes=((layers // 2, wide), (layers, wide)))
-        compared |= {
-            "stack": replace(deep, name="stack", growth=(("peer", "stack"),)),
-            "ours (depth)": replace(deep, name="ours (depth)"),
-        }
+        compared["stack"] = replace(deep, name="stack", growth=(("peer", "stack"),))
+        compared["ours (depth)"] = replace(deep, name="ours (depth)")
     found = run_lines([(line, budgets) for line in compared.values()], seeds, setting, "competitors")
     reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
     saved = savings(pd.concat([reference, found.ends]))
