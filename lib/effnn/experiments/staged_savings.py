@@ -36,12 +36,12 @@ AXES = {"flops": "FLOPs without embeddings", "flops_full": "FLOPs in full", "sec
 class Setting:
     """What all lines of a comparison share.
 
-    text, source, tokenizer: name and origin of the corpus, as in `effnn.data.corpus`; limit_tokens: of its train split, 0 for all. batch: sequences
-    of `context` tokens a step, micro_batch of them at once (0: all). head: size of an attention head. warmup: steps,
-    also of the re-warm after growth. evaluated: sequences of the validation and of the test split on which an end point
-    is measured. evaluate_every: steps between the points on the way, which are evaluated on `on_the_way` sequences.
-    zero_shot: other texts that end points are measured on, (name, source) pairs (staged_zero_shot.py). device,
-    precision: as in `staged.train`.
+    text, source, tokenizer: name and origin of the corpus, as in `effnn.data.corpus`; limit_tokens: of its train
+    split, 0 for all. batch: sequences of `context` tokens a step, micro_batch of them at once (0: all). head: size of
+    an attention head. warmup: steps, also of the re-warm after growth. evaluated: sequences of the validation and of
+    the test split on which an end point is measured. evaluate_every: steps between the points on the way, which are
+    evaluated on `on_the_way` sequences. zero_shot: other texts that end points are measured on, (name, source) pairs
+    (staged_zero_shot.py). device, precision: as in `staged.train`.
     """
 
     text: str = "docstrings"
