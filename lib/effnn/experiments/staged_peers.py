@@ -68,9 +68,11 @@ def _matrix(peer: str, value: Tensor, width: int, generator: torch.Generator) ->
     copies = value.view(width, -1, value.shape[1])
     whole = copies.sum(0, keepdim=True)
     if peer == "hypercloning":
-        noise = NOISE * value.std() * torch.randn(copies.shape, generator=generator, device=value.device)
+        noise = (
+            NOISE * value.std() * torch.randn(copies.shape, generator=generator, device=value.device, dtype=value.dtype)
+        )
         return (whole / width + noise - noise.mean(0, keepdim=True)).view_as(value)
-    shares = torch.rand(copies.shape, generator=generator, device=value.device)
+    shares = torch.rand(copies.shape, generator=generator, device=value.device, dtype=value.dtype)
     return (whole * shares / shares.sum(0, keepdim=True)).view_as(value)
 
 

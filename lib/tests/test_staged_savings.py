@@ -1,0 +1,279 @@
+"""The training experiments of notebook 03: compute is counted whole, savings are read right, competitors as described."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from effnn import paths, staged
+from effnn.base import InvalidInput
+from effnn.data import corpus, tokens
+from effnn.experiments import staged_peers, staged_savings, staged_savings_figures, staged_zero_shot
+from effnn.experiments.staged_savings import Line, Setting
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    """A tiny setting on a text of its own, with a cache of its own."""
+    home = tmp_path_factory.mktemp("savings")
+    words = "the loss of a grown model is that of the small one until the next step ".split()
+    generator = np.random.default_rng(0)
+    (home / "text.txt").write_text("\n".join(" ".join(generator.choice(words, 12)) for _ in range(1500)))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(paths, "CACHE", home / "cache")
+    yield Setting(
+        "text", str(home / "text.txt"), batch=4, context=16, head=8, warmup=3, evaluated=16, evaluate_every=10,
+        on_the_way=16,
+    )  # fmt: skip
+    patch.undo()
+
+
+PATH = [(1, 8), (1, 16)]
+RATES = {"staged": [5e-3, 5e-3], "scratch": [5e-3], "small": [5e-3]}
+
+
+def each(size: tuple[int, int], setting: Setting, vocabulary: int, convention: str = "non-embedding") -> float:
+    shape = staged.Shape(*size, vocabulary)
+    return staged.training_flops(shape, setting.batch * setting.context, setting.context, convention)
+
+
+def test_a_staged_line_is_charged_for_all_its_stages(setting):
+    line = staged_savings.standard_lines(PATH, [20], RATES)["staged"]
+    budgets = [60 * each((1, 16), setting, 1), 90 * each((1, 16), setting, 1)]
+    outcome = staged_savings.run_line(line, budgets, setting, seed=0)
+    vocabulary = setting.load().vocab_size
+    for row in outcome.ends.itertuples():
+        steps = row.steps - 20
+        for column, convention in (("flops", "non-embedding"), ("flops_full", "full")):
+            small, large = (each(size, setting, vocabulary, convention) for size in PATH)
+            assert getattr(row, column) == 20 * small + steps * large
+        assert abs(row.flops - row.budget) <= each((1, 16), setting, vocabulary)
+        assert row.tokens == row.steps * setting.batch * setting.context
+    assert list(outcome.points.phase.unique()) == [0, 1]
+    jump = staged_savings.jumps(outcome.points)
+    assert abs(jump.jump.item()) < 1e-5 and jump.before.item() > 0
+
+
+def test_the_decay_ends_every_run_and_helps(setting):
+    line = Line("scratch", ((1, 16),), (2e-2,))
+    outcome = staged_savings.run_line(line, [150 * each((1, 16), setting, 1)], setting, seed=0)
+    assert outcome.ends.validation_loss.item() < outcome.ends.plateau_loss.item()
+
+
+def test_lines_are_cached_and_come_back_in_order(setting, monkeypatch):
+    lines = staged_savings.standard_lines(PATH, [10], RATES)
+    jobs = [(lines[name], [40 * each((1, 16), setting, 1)]) for name in ("small", "staged", "scratch")]
+    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
+    first = staged_savings.run_lines(jobs, [0, 1], setting)
+    assert list(zip(first.ends.line, first.ends.seed, strict=True)) == [
+        (name, seed) for name in ("small", "staged", "scratch") for seed in (0, 1)
+    ]
+
+    def fail(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(staged_savings.staged, "train", fail)
+    pd.testing.assert_frame_equal(staged_savings.run_lines(jobs, [0, 1], setting).ends, first.ends)
+
+
+def test_a_budget_that_the_first_stages_exceed_is_refused(setting):
+    line = staged_savings.standard_lines(PATH, [200], RATES)["staged"]
+    with pytest.raises(InvalidInput, match="grow earlier, or take a larger budget"):
+        staged_savings.run_line(line, [10 * each((1, 16), setting, 1)], setting, seed=0)
+
+
+def test_a_line_needs_a_rate_a_stage():
+    with pytest.raises(InvalidInput, match="2 sizes need as many rates and one fewer steps"):
+        Line("x", ((1, 8), (1, 16)), (1e-3,), (5,))
+
+
+def test_a_width_that_does_not_divide_into_heads_is_refused(setting):
+    with pytest.raises(InvalidInput, match="does not divide into heads of 8"):
+        staged_savings.run_line(Line("x", ((1, 12),), (1e-3,)), [1e9], setting, 0)
+
+
+def test_the_small_line_is_the_staged_one_without_its_last_growth():
+    rates = {"staged": [1.0, 2.0, 3.0], "scratch": [4.0], "small": [5.0]}
+    lines = staged_savings.standard_lines([(1, 8), (1, 16), (2, 16)], [10, 20], rates)
+    assert lines["small"].sizes == ((1, 8), (1, 16)) and lines["small"].rates == (1.0, 5.0)
+    assert lines["small"].steps == (10,) and lines["reset"].growth == (("moments", "reset"),)
+    assert lines["scratch"].sizes == ((2, 16),) and lines["scratch"].rates == (4.0,)
+
+
+def test_every_kind_tries_the_same_rates_and_the_best_on_validation_is_taken():
+    tried = staged_savings.candidate_lines(PATH, [10], RATES, [1e-3, 2e-3])
+    assert sorted(line.name for line in tried) == sorted(
+        f"{kind}@{rate}" for kind in ("scratch", "small", "staged") for rate in ("0.001", "0.002")
+    )
+    assert next(line for line in tried if line.name == "staged@0.002").rates == (5e-3, 2e-3)
+    ends = pd.DataFrame({"line": [line.name for line in tried]})
+    ends["validation_loss"] = [1.0 if line.rates[-1] == 2e-3 else 2.0 for line in tried]
+    ends["test_loss"] = 3 - ends.validation_loss  # must not be looked at
+    best = staged_savings.best_rates(ends)
+    rates = staged_savings.tuned_rates(RATES, best)
+    assert rates == {"scratch": [2e-3], "small": [2e-3], "staged": [5e-3, 2e-3]}
+
+
+def frontier(name: str, seed: int, points: list[tuple[float, float]]) -> pd.DataFrame:
+    rows = [(name, seed, x, x, 2 * x, 3 * x, loss) for x, loss in points]
+    columns = ["line", "seed", "budget", "flops", "flops_full", "seconds", "test_loss"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_savings_are_read_between_the_end_points():
+    ends = pd.concat(
+        [
+            frontier("scratch", 0, [(50.0, 3.0), (100.0, 2.0)]),
+            frontier("staged", 0, [(64.0, 2.0 * 1.25), (100.0, 2.0 / 1.25)]),
+            frontier("small", 0, [(100.0, 2.1)]),
+        ]
+    )
+    table = staged_savings.savings(ends).set_index(["line", "axis"])
+    # a power law through both points: halfway in log loss is halfway in log compute, sqrt(64 * 100) = 80
+    for axis in staged_savings.AXES:
+        assert table.loc[("staged", axis)].saving == pytest.approx(20.0)
+    assert table.loc[("small", "flops")].spent == math.inf
+    samples, note = staged_savings.claimed_savings(ends)
+    assert samples == pytest.approx([20.0]) and "in 1 of 1" in note
+
+
+def test_no_saving_is_claimed_where_the_small_model_gets_there_with_less():
+    ends = pd.concat(
+        [
+            frontier("scratch", 0, [(100.0, 2.0)]),
+            frontier("staged", 0, [(64.0, 2.5), (100.0, 1.6)]),
+            frontier("small", 0, [(50.0, 2.2), (70.0, 1.9)]),
+        ]
+    )
+    samples, note = staged_savings.claimed_savings(ends)
+    assert samples == [] and "0 of 1 seeds" in note
+    assert not staged_savings.pays(ends).pays.any()
+
+
+def test_a_line_already_better_at_its_smallest_budget_is_charged_all_of_it():
+    assert staged_savings.compute_to_loss(frontier("x", 0, [(60.0, 1.5), (80.0, 1.2)]), 2.0) == 60.0
+
+
+def law(step: np.ndarray, speed: float = 1.0) -> np.ndarray:
+    return 4 * (speed * step) ** -0.3
+
+
+def walk(line: str, phase: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"line": line, "seed": 0, "phase": phase, "step": steps, "validation_loss": losses})
+
+
+@pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
+def test_the_slope_ratio_is_the_speed_of_the_grown_model(speed):
+    steps = np.arange(10, 1010, 10)
+    scratch = walk("scratch", np.zeros(100, int), steps, law(steps))
+    entry, small_steps = 200.0, 300
+    small = walk("staged", np.zeros(1, int), np.array([small_steps]), law(np.array([entry])))
+    after = np.arange(0, 400, 10)
+    grown = walk("staged", np.ones(40, int), small_steps + after, law(entry + speed * after))
+    ratios = staged_savings.slope_ratios(pd.concat([scratch, small, grown]), steps=200)
+    assert ratios.ratio.item() == pytest.approx(speed, rel=0.01)
+
+
+def model(layers: int = 2, dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40, n_positions=16, n_layer=layers, n_embd=16, n_head=2, bos_token_id=0, eos_token_id=0,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    made = GPT2LMHeadModel(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize(("peer", "exact"), [("hypercloning", True), ("lemon", True), ("bert2bert", False)])
+def test_what_competitors_keep(peer, exact):
+    small, ids = model(), torch.arange(32).view(2, 16)
+    grown = staged_peers.widened(peer, small, 2)
+    with torch.no_grad():
+        difference = float((grown(ids).logits - small(ids).logits).abs().max())
+    assert (difference < 1e-10) if exact else (difference > 1e-3)
+    weight = grown.transformer.h[0].mlp.c_fc.weight
+    halves = weight.view(2, 16, -1)
+    assert not torch.equal(halves[0], halves[1])  # the copies are not symmetric
+
+
+def test_bert2bert_takes_the_second_half_from_the_layer_above():
+    small = model()
+    grown = staged_peers.widened("bert2bert", small, 2)
+    plain = staged.grow(small, width=2, noise=0.0).model
+    own, above = (plain.transformer.h[layer].attn.c_attn.bias.view(3, 2, -1) for layer in (0, 1))
+    mixed = grown.transformer.h[0].attn.c_attn.bias.view(3, 2, -1)
+    assert torch.equal(mixed[:, 0], own[:, 0]) and torch.equal(mixed[:, 1], above[:, 1])
+    last = grown.transformer.h[1].attn.c_attn.bias
+    assert torch.equal(last, plain.transformer.h[1].attn.c_attn.bias)
+
+
+def test_a_competitor_of_width_refuses_depth(setting):
+    with pytest.raises(InvalidInput, match="lemon grows in width alone"):
+        staged_peers.grow_state("lemon", None, 1, 2, None)
+    with pytest.raises(InvalidInput, match="choices: stack"):
+        staged_peers.grow_state("net2net", None, 2, 1, None)
+
+
+def test_competitors_are_charged_and_measured_like_ours(setting, monkeypatch):
+    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
+    ours = Line("staged", ((2, 8), (2, 16)), (5e-3, 5e-3), (10,))
+    budget = 40 * each((2, 16), setting, 1)
+    scratch = staged_savings.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), [budget])], [0], setting)
+    table = staged_savings.run_peers(ours, [budget], scratch, [0], setting).set_index("line")
+    assert set(table.index) == {"ours (width)", "ours (depth)", *staged_peers.PEERS}
+    for exact in ("ours (width)", "ours (depth)", "hypercloning", "lemon"):
+        assert abs(table.jump[exact]) < 1e-4
+    assert abs(table.jump["stack"]) > 1e-4
+    assert table.test_loss.notna().all()
+
+
+def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
+    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
+    budget = 60 * each((2, 16), setting, 1)
+    scratch = staged_savings.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), [budget])], [0], setting)
+    points = [["width", [[2, 8], [2, 16]], [20]], ["three stages", [[1, 8], [1, 16], [2, 16]], [10, 10]]]
+    table = staged_savings.run_map(points, scratch, 5e-3, [budget], [0], setting)
+    assert list(table.kind) == ["width", "three stages"] and list(table.steps) == ["20", "10+10"]
+    spent = 20 * each((2, 8), setting, 1), 10 * each((1, 8), setting, 1) + 10 * each((1, 16), setting, 1)
+    reference = scratch.ends.flops.item()
+    assert table.share.tolist() == pytest.approx([flops / reference for flops in spent])
+    figure = staged_savings_figures.draw_map(table.assign(saving=[5.0, -math.inf]), 20.0, "talk")
+    drawn = [line for line in figure.axes[0].lines if line.get_label() == "published: talk"]
+    assert drawn[0].get_ydata() == [20.0]
+
+
+def test_perplexity_is_exp_of_the_mean_loss():
+    small = model(dtype=torch.float32)
+    ids = torch.randint(40, (65,), generator=torch.Generator().manual_seed(1))
+    windows = torch.stack([ids[i : i + 9] for i in range(0, 64, 8)])
+    with torch.no_grad():
+        logits = small(windows[:, :-1]).logits
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp()
+    assert staged_zero_shot.perplexity(small, ids, 8, rows=3) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_last_words_are_judged_whole():
+    coder = tokens.train("character", ["abcd \n"])
+
+    class Parrot(torch.nn.Module):
+        """Says the next letter of the alphabet, whatever stands before."""
+
+        config = GPT2Config(n_positions=16, vocab_size=coder.vocab_size)
+        device = torch.device("cpu")
+
+        def forward(self, input_ids):
+            following = {coder.encode(a)[0]: coder.encode(b)[0] for a, b in zip("abc ", "bcda", strict=True)}
+            logits = torch.zeros(*input_ids.shape, coder.vocab_size)
+            for position, token in enumerate(input_ids[0].tolist()):
+                logits[0, position, following.get(token, coder.encode(" ")[0])] = 5.0
+            return type("Output", (), {"logits": logits})
+
+    examples = [corpus.LambadaExample("abcd", "abc"), corpus.LambadaExample("abcd", "abb")]
+    found = staged_zero_shot.last_words(Parrot(), examples, coder)
+    assert found["lambada_accuracy"] == 0.5 and found["lambada_perplexity"] > 1
