@@ -1,4 +1,4 @@
-"""The training experiments of notebook 03: compute is counted whole, savings are read right, competitors as described."""
+"""The training experiments of notebook 03: compute is counted whole, savings are read right, peers as described."""
 
 import math
 
