@@ -23,7 +23,7 @@ def test_the_python_blocks_run(tmp_path):
     script = tmp_path / "readme.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-500:]}{done.stderr[-3000:]}"
 
 
 def test_the_two_commands_are_there():

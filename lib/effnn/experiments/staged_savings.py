@@ -57,7 +57,7 @@ class Setting:
     clip: float = 1.0
     evaluated: int = 1536
     evaluate_every: int = 100
-    on_the_way: int = 128
+    on_the_way: int = 512
     zero_shot: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
     precision: str = "float32"
@@ -348,10 +348,12 @@ def pays(ends: pd.DataFrame, line: str = "staged", small: str = "small") -> pd.D
 def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch: str = "scratch") -> pd.DataFrame:
     """Return, by seed, the grown model's fall of the loss over that of the same size from scratch, at equal loss.
 
-    points: at a constant rate. Begins where the grown model is back at the small model's last loss (re-warm and bump
-    are over) and goes on for `steps` steps, or as far as both reach. Columns: seed, upper and lower (losses between
-    which both are compared), recovery (steps until it was back), grown_steps, scratch_steps and ratio, which is
-    scratch_steps / grown_steps: 1 is the same dynamics, more is faster.
+    points: at a constant rate. Looks at the grown model from where it is back at the small model's last loss (re-warm
+    and bump are over) for `steps` steps, or as far as both reach, and at the model from scratch between the same two
+    losses. Each slope is that of a line through all evaluations in its window, since single ones are noisy. Columns:
+    seed, upper and lower (those losses), recovery (steps until it was back), grown_slope, scratch_slope (nats a token
+    and step) and ratio, grown over scratch: 1 is the same dynamics, more is faster. Raises InvalidInput where a window
+    holds fewer than two evaluations.
     """
     rows = []
     for seed, of_seed in points.groupby("seed"):
@@ -365,13 +367,22 @@ def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch
         reference = staged.Curve(target.step.tolist(), target.validation_loss.tolist())
         back = min(upper, float(curve.losses[0]))
         recovery = max(curve.x_at(back), float(curve.x[0]))
-        end = min(recovery + steps, float(curve.x[-1]))
-        lower = max(curve.loss_at(end), float(np.exp(float(reference.log_loss[-1]))))
-        own_steps = curve.x_at(lower) - recovery
-        its = reference.x_at(lower) - reference.x_at(back)
-        row = {"seed": seed, "upper": upper, "lower": lower, "recovery": recovery}
-        rows.append(row | {"grown_steps": own_steps, "scratch_steps": its, "ratio": its / own_steps})
+        lower = max(curve.loss_at(min(recovery + steps, float(curve.x[-1]))), math.exp(float(reference.log_loss[-1])))
+        own_slope = _slope(curve, recovery, curve.x_at(lower))
+        its_slope = _slope(reference, reference.x_at(back), reference.x_at(lower))
+        row = {"seed": seed, "upper": back, "lower": lower, "recovery": recovery}
+        rows.append(row | {"grown_slope": own_slope, "scratch_slope": its_slope, "ratio": own_slope / its_slope})
     return pd.DataFrame(rows)
+
+
+def _slope(curve: staged.Curve, first: float, last: float) -> float:
+    inside = (curve.x >= first - 1e-6) & (curve.x <= last + 1e-6)
+    if int(inside.sum()) < 2:
+        raise InvalidInput(
+            f"between step {first:.0f} and {last:.0f} there are {int(inside.sum())} evaluations, a slope needs two: "
+            "evaluate more often, or compare over more steps"
+        )
+    return float(np.polyfit(curve.x[inside].numpy(), curve.losses[inside].numpy(), 1)[0])
 
 
 def run_map(
