@@ -1,5 +1,6 @@
 """The training experiments of notebook 03: compute is counted whole, savings are read right, peers as described."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,8 +12,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from effnn import paths, staged
 from effnn.base import InvalidInput
 from effnn.data import corpus, tokens
-from effnn.experiments import staged_peers, staged_savings, staged_savings_figures, staged_zero_shot
-from effnn.experiments.staged_savings import Line, Setting
+from effnn.experiments import (
+    staged_lines,
+    staged_map,
+    staged_peers,
+    staged_savings,
+    staged_savings_figures,
+    staged_zero_shot,
+)
+from effnn.experiments.staged_lines import Line, Setting
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +33,8 @@ def setting(tmp_path_factory) -> Setting:
     patch = pytest.MonkeyPatch()
     patch.setattr(paths, "CACHE", home / "cache")
     yield Setting(
-        "text", str(home / "text.txt"), batch=4, context=16, head=8, warmup=3, evaluated=16, evaluate_every=10,
-        on_the_way=16,
+        "text", str(home / "text.txt"), batch=4, context=16, head=8, warmup=3, rewarm=3, evaluated=16,
+        evaluate_every=10, on_the_way=16,
     )  # fmt: skip
     patch.undo()
 
@@ -41,9 +49,9 @@ def each(size: tuple[int, int], setting: Setting, vocabulary: int, convention: s
 
 
 def test_a_staged_line_is_charged_for_all_its_stages(setting):
-    line = staged_savings.standard_lines(PATH, [20], RATES)["staged"]
+    line = staged_lines.standard_lines(PATH, [20], RATES)["staged"]
     budgets = [60 * each((1, 16), setting, 1), 90 * each((1, 16), setting, 1)]
-    outcome = staged_savings.run_line(line, budgets, setting, seed=0)
+    outcome = staged_lines.run_line(line, budgets, setting, seed=0)
     vocabulary = setting.load().vocab_size
     for row in outcome.ends.itertuples():
         steps = row.steps - 20
@@ -59,15 +67,15 @@ def test_a_staged_line_is_charged_for_all_its_stages(setting):
 
 def test_the_decay_ends_every_run_and_helps(setting):
     line = Line("scratch", ((1, 16),), (2e-2,))
-    outcome = staged_savings.run_line(line, [150 * each((1, 16), setting, 1)], setting, seed=0)
+    outcome = staged_lines.run_line(line, [150 * each((1, 16), setting, 1)], setting, seed=0)
     assert outcome.ends.validation_loss.item() < outcome.ends.plateau_loss.item()
 
 
 def test_lines_are_cached_and_come_back_in_order(setting, monkeypatch):
-    lines = staged_savings.standard_lines(PATH, [10], RATES)
+    lines = staged_lines.standard_lines(PATH, [10], RATES)
     jobs = [(lines[name], [40 * each((1, 16), setting, 1)]) for name in ("small", "staged", "scratch")]
-    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
-    first = staged_savings.run_lines(jobs, [0, 1], setting)
+    monkeypatch.setattr(staged_lines.pool, "cores", lambda: 1)
+    first = staged_lines.run_lines(jobs, [0, 1], setting)
     assert list(zip(first.ends.line, first.ends.seed, strict=True)) == [
         (name, seed) for name in ("small", "staged", "scratch") for seed in (0, 1)
     ]
@@ -75,14 +83,14 @@ def test_lines_are_cached_and_come_back_in_order(setting, monkeypatch):
     def fail(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(staged_savings.staged, "train", fail)
-    pd.testing.assert_frame_equal(staged_savings.run_lines(jobs, [0, 1], setting).ends, first.ends)
+    monkeypatch.setattr(staged_lines.staged, "train", fail)
+    pd.testing.assert_frame_equal(staged_lines.run_lines(jobs, [0, 1], setting).ends, first.ends)
 
 
 def test_a_budget_that_the_first_stages_exceed_is_refused(setting):
-    line = staged_savings.standard_lines(PATH, [200], RATES)["staged"]
+    line = staged_lines.standard_lines(PATH, [200], RATES)["staged"]
     with pytest.raises(InvalidInput, match="grow earlier, or take a larger budget"):
-        staged_savings.run_line(line, [10 * each((1, 16), setting, 1)], setting, seed=0)
+        staged_lines.run_line(line, [10 * each((1, 16), setting, 1)], setting, seed=0)
 
 
 def test_a_line_needs_a_rate_a_stage():
@@ -92,29 +100,94 @@ def test_a_line_needs_a_rate_a_stage():
 
 def test_a_width_that_does_not_divide_into_heads_is_refused(setting):
     with pytest.raises(InvalidInput, match="does not divide into heads of 8"):
-        staged_savings.run_line(Line("x", ((1, 12),), (1e-3,)), [1e9], setting, 0)
+        staged_lines.run_line(Line("x", ((1, 12),), (1e-3,)), [1e9], setting, 0)
 
 
-def test_the_small_line_is_the_staged_one_without_its_last_growth():
+def test_the_other_lines_of_a_comparison():
     rates = {"staged": [1.0, 2.0, 3.0], "scratch": [4.0], "small": [5.0]}
-    lines = staged_savings.standard_lines([(1, 8), (1, 16), (2, 16)], [10, 20], rates)
-    assert lines["small"].sizes == ((1, 8), (1, 16)) and lines["small"].rates == (1.0, 5.0)
-    assert lines["small"].steps == (10,) and lines["reset"].growth == (("moments", "reset"),)
+    lines = staged_lines.standard_lines([(1, 8), (1, 16), (2, 16)], [10, 20], rates)
+    assert lines["small"].sizes == ((1, 8),) and lines["small"].rates == (5.0,) and lines["small"].steps == ()
+    assert lines["once"].sizes == ((1, 8), (1, 16)) and lines["once"].rates == (1.0, 2.0)
+    assert lines["once"].steps == (10,) and lines["reset"].growth == (("moments", "reset"),)
     assert lines["scratch"].sizes == ((2, 16),) and lines["scratch"].rates == (4.0,)
+    assert set(staged_lines.standard_lines(PATH, [10], RATES)) == {"scratch", "staged", "reset", "small"}
 
 
 def test_every_kind_tries_the_same_rates_and_the_best_on_validation_is_taken():
-    tried = staged_savings.candidate_lines(PATH, [10], RATES, [1e-3, 2e-3])
+    tried = staged_lines.candidate_lines(PATH, [10], RATES, [1e-3, 2e-3, 4e-3])
     assert sorted(line.name for line in tried) == sorted(
-        f"{kind}@{rate}" for kind in ("scratch", "small", "staged") for rate in ("0.001", "0.002")
+        f"{kind}@{rate}" for kind in ("scratch", "small", "staged", "reset") for rate in ("0.001", "0.002", "0.004")
     )
     assert next(line for line in tried if line.name == "staged@0.002").rates == (5e-3, 2e-3)
+    assert next(line for line in tried if line.name == "reset@0.002").growth == (("moments", "reset"),)
     ends = pd.DataFrame({"line": [line.name for line in tried]})
     ends["validation_loss"] = [1.0 if line.rates[-1] == 2e-3 else 2.0 for line in tried]
+    ends.loc[ends.line == "reset@0.004", "validation_loss"] = 0.5
     ends["test_loss"] = 3 - ends.validation_loss  # must not be looked at
-    best = staged_savings.best_rates(ends)
-    rates = staged_savings.tuned_rates(RATES, best)
-    assert rates == {"scratch": [2e-3], "small": [2e-3], "staged": [5e-3, 2e-3]}
+    best = staged_lines.best_rates(ends)
+    rates = staged_lines.tuned_rates(RATES, best)
+    assert rates == {"scratch": [2e-3], "small": [2e-3], "staged": [5e-3, 2e-3], "reset": [5e-3, 4e-3]}
+    assert best[best.edge].what.tolist() == ["reset"]
+
+
+def test_the_key_of_the_cache_covers_the_code_that_trains():
+    names = {module.__name__ for module in staged_lines._CODE}
+    wanted = ("train", "step", "begin", "grow", "width", "depth", "optimizer", "learning_rate", "batches", "flops")
+    assert {f"effnn.staged.{name}" for name in wanted} <= names
+
+
+def test_a_decay_that_begins_before_the_re_warm_is_over_is_refused(setting):
+    line = staged_lines.standard_lines(PATH, [20], RATES)["staged"]
+    slow = dataclasses.replace(setting, rewarm=60)
+    with pytest.raises(InvalidInput, match="re-warm after growth ends at step 80, the decay .* begins at step 6"):
+        staged_lines.run_line(line, [60 * each((1, 16), setting, 1)], slow, seed=0)
+
+
+def test_the_rate_of_a_grown_model_falls_from_the_peak_to_zero(setting, monkeypatch):
+    seen, take = [], staged_lines.step.Stepper.__call__
+
+    def watched(self, batch):
+        loss = take(self, batch)
+        seen.append(self.state.optimizer.param_groups[0]["lr"])
+        return loss
+
+    monkeypatch.setattr(staged_lines.step.Stepper, "__call__", watched)
+    line = Line("staged", tuple(PATH), (5e-3, 4e-3), (20,))
+    staged_lines.run_line(line, [50 * each((1, 16), setting, 1)], setting, seed=0)
+    decay = len(seen) - seen.index(max(seen[20:]), 20) - seen[20:].count(max(seen[20:]))
+    falling = seen[-decay - 1 :]
+    assert falling[0] == 4e-3 and falling[-1] == pytest.approx(4e-3 / (decay + 1))
+    assert np.diff(falling) == pytest.approx(-4e-3 / (decay + 1)) and decay >= 8
+
+
+def test_more_windows_than_the_corpus_has_are_refused_before_training(setting, monkeypatch):
+    monkeypatch.setattr(staged_lines.staged, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(InvalidInput, match="asks for 100000"):
+        line = Line("scratch", ((1, 16),), (5e-3,))
+        staged_lines.run_line(line, [1e9], dataclasses.replace(setting, evaluated=100_000), 0)
+
+
+def test_a_long_run_goes_on_from_its_checkpoints(setting, monkeypatch):
+    kept = dataclasses.replace(setting, checkpoint_every=7)
+    line = staged_lines.standard_lines(PATH, [20], RATES)["staged"]
+    budgets = [40 * each((1, 16), setting, 1), 60 * each((1, 16), setting, 1)]
+    whole = staged_lines.run_line(line, budgets, setting, seed=0)
+    take, done = staged_lines.step.Stepper.__call__, []
+
+    def interrupted(self, batch):
+        if len(done) == 50:
+            raise KeyboardInterrupt
+        done.append(None)
+        return take(self, batch)
+
+    monkeypatch.setattr(staged_lines.step.Stepper, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        staged_lines.run_line(line, budgets, kept, seed=0)
+    monkeypatch.setattr(staged_lines.step.Stepper, "__call__", lambda self, batch: done.append(1) or take(self, batch))
+    again = staged_lines.run_line(line, budgets, kept, seed=0)
+    assert len(done) <= whole.ends.steps.max() + whole.ends.steps.max() // 3 + 7
+    columns = ["steps", "flops", "validation_loss", "test_loss"]
+    pd.testing.assert_frame_equal(again.ends[columns], whole.ends[columns])
 
 
 def frontier(name: str, seed: int, points: list[tuple[float, float]]) -> pd.DataFrame:
@@ -137,20 +210,54 @@ def test_savings_are_read_between_the_end_points():
         assert table.loc[("staged", axis)].saving == pytest.approx(20.0)
     assert table.loc[("small", "flops")].spent == math.inf
     samples, note = staged_savings.claimed_savings(ends)
-    assert samples == pytest.approx([20.0]) and "in 1 of 1" in note
+    assert samples == pytest.approx([20.0]) and "in 1 of 1" in note and "never gets there in 1" in note
 
 
-def test_no_saving_is_claimed_where_the_small_model_gets_there_with_less():
+SCRATCH, STAGED = [(100.0, 2.0)], [(64.0, 2.5), (100.0, 1.6)]
+
+
+@pytest.mark.parametrize(
+    ("staged_points", "small", "sample", "words"),
+    [
+        (STAGED, [(50.0, 2.2), (70.0, 1.9)], "against small", "in 0 of 1 seeds"),
+        (STAGED, [(90.0, 1.9)], 0.0, "in 0 of 1 seeds"),  # how much less small would need is not known
+        (STAGED, [(50.0, 2.5), (99.0, 1.99)], 20.0, "in 1 of 1 seeds"),
+        ([(64.0, 2.5), (96.0, 2.1)], [(99.0, 2.05)], 0.0, "not reached in 1"),
+        ([(64.0, 2.5), (120.0, 2.1)], [(99.0, 2.05)], -20.0, "not reached in 1"),
+    ],
+)
+def test_what_a_seed_counts_where_growing_does_not_pay(staged_points, small, sample, words):
+    ends = pd.concat(
+        [frontier("scratch", 0, SCRATCH), frontier("staged", 0, staged_points), frontier("small", 0, small)]
+    )
+    samples, note = staged_savings.claimed_savings(ends)
+    if sample == "against small":
+        spent = staged_savings.compute_to_loss(ends[ends.line == "staged"], 2.0)
+        sample = 100 * (1 - spent / staged_savings.compute_to_loss(ends[ends.line == "small"], 2.0))
+        assert sample < 0
+    assert samples == pytest.approx([sample]) and words in note
+
+
+def test_the_cheapest_smaller_model_is_the_one_to_beat():
     ends = pd.concat(
         [
             frontier("scratch", 0, [(100.0, 2.0)]),
             frontier("staged", 0, [(64.0, 2.5), (100.0, 1.6)]),
-            frontier("small", 0, [(50.0, 2.2), (70.0, 1.9)]),
+            frontier("small", 0, [(100.0, 2.1)]),
+            frontier("once", 0, [(50.0, 2.2), (70.0, 1.9)]),
         ]
     )
-    samples, note = staged_savings.claimed_savings(ends)
-    assert samples == [] and "0 of 1 seeds" in note
     assert not staged_savings.pays(ends).pays.any()
+    assert staged_savings.pays(ends[ends.line != "once"]).pays.all()
+
+
+def test_savings_at_a_smaller_horizon():
+    ends = pd.concat([frontier("scratch", 0, [(50.0, 3.0), (100.0, 2.0)]), frontier("staged", 0, [(40.0, 3.0)])])
+    table = staged_map.by_horizon(ends)
+    assert table.horizon.tolist() == [50.0, 100.0] and table.saving.tolist() == [pytest.approx(20.0), -math.inf]
+    figure = staged_savings_figures.draw_horizons(table, 20.0, "talk")
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    assert drawn["staged"].get_xdata() == [50.0] and drawn["published: talk"].get_ydata() == [20.0]
 
 
 def test_a_line_already_better_at_its_smallest_budget_is_charged_all_of_it():
@@ -174,7 +281,20 @@ def test_the_slope_ratio_is_the_speed_of_the_grown_model(speed):
     after = np.arange(0, 400, 10)
     grown = walk("staged", np.ones(40, int), small_steps + after, law(entry + speed * after))
     ratios = staged_savings.slope_ratios(pd.concat([scratch, small, grown]), steps=200)
-    assert ratios.ratio.item() == pytest.approx(speed, rel=0.01)
+    assert ratios.after_recovery.item() == pytest.approx(speed, rel=0.01)
+    assert ratios.ratio.item() == pytest.approx(speed, rel=0.05)
+
+
+def test_the_bump_after_growth_counts_in_the_ratio_from_growth():
+    steps = np.arange(10, 1010, 10)
+    scratch = walk("scratch", np.zeros(100, int), steps, law(steps))
+    small = walk("staged", np.zeros(1, int), np.array([300]), law(np.array([200.0])))
+    after = np.arange(0, 500, 10)
+    losses = np.where(after < 100, law(np.array([200.0])) + 0.1 * (after > 0), law(200.0 + np.maximum(after - 100, 0)))
+    grown = walk("staged", np.ones(50, int), 300 + after, losses)
+    row = staged_savings.slope_ratios(pd.concat([scratch, small, grown]), steps=200).iloc[0]
+    assert row.recovery == pytest.approx(100, abs=10) and row.after_recovery == pytest.approx(1.0, rel=0.05)
+    assert row.ratio == pytest.approx(200 / 300, rel=0.05)
 
 
 def model(layers: int = 2, dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
@@ -198,19 +318,37 @@ def test_what_competitors_keep(peer, exact):
         difference = float((grown(ids).logits - small(ids).logits).abs().max())
     assert (difference < 1e-10) if exact else (difference > 1e-3)
     weight = grown.transformer.h[0].mlp.c_fc.weight
-    halves = weight.view(2, 16, -1)
-    assert not torch.equal(halves[0], halves[1])  # the copies are not symmetric
+    blocks = weight.view(2, 16, 2, -1)
+    swapped = blocks.flip(0, 2)
+    assert not torch.equal(blocks, swapped)  # exchanging the halves is no symmetry
+    assert (blocks.abs().amax((1, 3)) > 0).all()  # and they read each other
 
 
 def test_bert2bert_takes_the_second_half_from_the_layer_above():
     small = model()
     grown = staged_peers.widened("bert2bert", small, 2)
-    plain = staged.grow(small, width=2, noise=0.0).model
-    own, above = (plain.transformer.h[layer].attn.c_attn.bias.view(3, 2, -1) for layer in (0, 1))
-    mixed = grown.transformer.h[0].attn.c_attn.bias.view(3, 2, -1)
-    assert torch.equal(mixed[:, 0], own[:, 0]) and torch.equal(mixed[:, 1], above[:, 1])
-    last = grown.transformer.h[1].attn.c_attn.bias
-    assert torch.equal(last, plain.transformer.h[1].attn.c_attn.bias)
+    own, above = (small.transformer.h[layer].attn.c_attn for layer in (0, 1))
+    mixed = grown.transformer.h[0].attn.c_attn
+    assert torch.equal(mixed.bias.view(3, 2, -1)[:, 0], own.bias.view(3, -1))
+    assert torch.equal(mixed.bias.view(3, 2, -1)[:, 1], above.bias.view(3, -1))
+    parts = mixed.weight.view(2, 16, 3, 2, 16)  # input copy, input, part, output copy, output
+    for copy in parts:
+        assert torch.equal(copy[:, :, 0], own.weight.view(16, 3, 16) / 2)
+        assert torch.equal(copy[:, :, 1], above.weight.view(16, 3, 16) / 2)
+    last = grown.transformer.h[1].attn.c_attn.bias.view(3, 2, -1)
+    assert torch.equal(last[:, 0], above.bias.view(3, -1)) and torch.equal(last[:, 1], above.bias.view(3, -1))
+
+
+@pytest.mark.parametrize(("peer", "relative"), [("lemon", False), ("hypercloning", True)])
+def test_random_blocks_sum_to_the_small_matrix(peer, relative):
+    small = model()
+    weight = small.transformer.h[0].mlp.c_fc.weight
+    copies = staged_peers.widened(peer, small, 2).transformer.h[0].mlp.c_fc.weight.view(2, 16, 2, 64)
+    assert torch.allclose(copies.sum(0), weight[:, None].expand(-1, 2, -1))
+    noise = copies - weight[:, None] / 2
+    block = staged.grow(small, width=2, noise=0.0).model.transformer.h[0].mlp.c_fc.weight.std()
+    expected = staged_peers.NOISE * block if relative else small.config.initializer_range
+    assert float(noise.detach().std()) == pytest.approx(float(torch.as_tensor(expected).detach()) * 0.5**0.5, rel=0.1)
 
 
 def test_a_competitor_of_width_refuses_depth(setting):
@@ -221,31 +359,48 @@ def test_a_competitor_of_width_refuses_depth(setting):
 
 
 def test_competitors_are_charged_and_measured_like_ours(setting, monkeypatch):
-    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
-    ours = Line("staged", ((2, 8), (2, 16)), (5e-3, 5e-3), (10,))
-    budget = 40 * each((2, 16), setting, 1)
-    scratch = staged_savings.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), [budget])], [0], setting)
-    table = staged_savings.run_peers(ours, [budget], scratch, [0], setting).set_index("line")
-    assert set(table.index) == {"ours (width)", "ours (depth)", *staged_peers.PEERS}
+    monkeypatch.setattr(staged_lines.pool, "cores", lambda: 1)
+    wide = Line("", ((2, 8), (2, 16)), (5e-3, 5e-3), (10,))
+    deep = Line("", ((1, 16), (2, 16)), (5e-3, 5e-3), (10,))
+    large = each((2, 16), setting, 1)
+    budgets = [40 * large, 60 * large]
+    scratch = staged_lines.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), budgets)], [0], setting)
+    seen, run = [], staged_lines.run_lines
+    monkeypatch.setattr(staged_map, "run_lines", lambda *given: seen.append(run(*given)) or seen[-1])
+    table, tuned = staged_map.run_peers(wide, deep, [1e-3, 5e-3], (budgets[0], 9), budgets, scratch, [0], setting)
+    assert list(table.line) == ["ours (width)", "ours (depth)", *staged_peers.PEERS]
+    assert tuned.groupby("what").rate.apply(sorted).tolist() == [[1e-3, 5e-3]] * 6
+    assert table.set_index("line").rate.to_dict() == tuned[tuned.best].set_index("what").rate.to_dict()
+    assert set(seen[0].ends.seed) == {9} and set(seen[1].ends.seed) == {0}
+    jump = table.set_index("line").jump
     for exact in ("ours (width)", "ours (depth)", "hypercloning", "lemon"):
-        assert abs(table.jump[exact]) < 1e-4
-    assert abs(table.jump["stack"]) > 1e-4
-    assert table.test_loss.notna().all()
+        assert abs(jump[exact]) < 1e-4
+    assert abs(jump["stack"]) > 1e-4 and abs(jump["bert2bert"]) > 1e-4
+    for row in seen[1].ends.itertuples():
+        small = (1, 16) if row.line in ("ours (depth)", "stack") else (2, 8)
+        assert row.flops == 10 * each(small, setting, 1) + (row.steps - 10) * large
+    figure = staged_savings_figures.draw_peers(table.assign(saving=[1.0, 2, 3, 4, 5, -math.inf]))
+    assert any(text.get_text() == "loss not reached" for text in figure.axes[1].texts)
 
 
 def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
-    monkeypatch.setattr(staged_savings.pool, "cores", lambda: 1)
-    budget = 60 * each((2, 16), setting, 1)
-    scratch = staged_savings.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), [budget])], [0], setting)
-    points = [["width", [[2, 8], [2, 16]], [20]], ["three stages", [[1, 8], [1, 16], [2, 16]], [10, 10]]]
-    table = staged_savings.run_map(points, scratch, 5e-3, [budget], [0], setting)
-    assert list(table.kind) == ["width", "three stages"] and list(table.steps) == ["20", "10+10"]
+    monkeypatch.setattr(staged_lines.pool, "cores", lambda: 1)
+    budgets = [60 * each((2, 16), setting, 1), 90 * each((2, 16), setting, 1)]
+    scratch = staged_lines.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), budgets)], [0], setting)
+    points = [
+        ["width", [[2, 8], [2, 16]], [20], [5e-3]],
+        ["three stages", [[1, 8], [1, 16], [2, 16]], [10, 10], [5e-3, 5e-3]],
+    ]
+    table = staged_map.run_map(points, scratch, 5e-3, {"staged": budgets, "small": budgets[:1]}, [0], setting)
+    assert list(table.kind) == ["width", "three stages"] * 2 and list(table.steps) == ["20", "10+10"] * 2
+    assert list(table.path[:2]) == ["2x8 to 2x16", "1x8 to 1x16 to 2x16"]
+    assert table.horizon.tolist() == [budgets[0]] * 2 + [budgets[1]] * 2
     spent = 20 * each((2, 8), setting, 1), 10 * each((1, 8), setting, 1) + 10 * each((1, 16), setting, 1)
-    reference = scratch.ends.flops.item()
-    assert table.share.tolist() == pytest.approx([flops / reference for flops in spent])
-    figure = staged_savings_figures.draw_map(table.assign(saving=[5.0, -math.inf]), 20.0, "talk")
-    drawn = [line for line in figure.axes[0].lines if line.get_label() == "published: talk"]
-    assert drawn[0].get_ydata() == [20.0]
+    reference = scratch.ends.flops.tolist()
+    assert table.share.tolist() == pytest.approx([flops / whole for whole in reference for flops in spent])
+    figure = staged_savings_figures.draw_map(table.assign(saving=[5.0, -math.inf, 6.0, 7.0]), 20.0, "talk")
+    drawn = [line for line in figure.axes[-1].lines if line.get_label() == "published: talk"]
+    assert drawn[0].get_ydata() == [20.0] and len(figure.axes) == 2
 
 
 def test_perplexity_is_exp_of_the_mean_loss():

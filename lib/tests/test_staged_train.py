@@ -83,7 +83,9 @@ def test_against_a_loop_written_plainly():
     torch.testing.assert_close(weights(state), expected, rtol=0, atol=1e-6)
     assert state.points[1].train_loss == pytest.approx(sum(losses[:5]) / 5, abs=1e-6)
     assert state.points[-1].train_loss == pytest.approx(sum(losses[10:]) / 2, abs=1e-6)
-    windows = torch.stack([VALIDATION[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(8)])
+    found = (len(VALIDATION) - 1) // CONTEXT
+    starts = [i * found // 8 * CONTEXT for i in range(8)]
+    windows = torch.stack([VALIDATION[start : start + CONTEXT + 1] for start in starts])
     with torch.no_grad():
         logits = model.eval()(input_ids=windows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
@@ -198,7 +200,7 @@ def test_clipping_is_that_of_clip_grad_norm(grown):
         staged.clip_grad_norm_(model, limit)
         expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         plain.gradients(model, plain.tokens())
-        Clip(model, limit)()
+        Clip(model, limit, set(model.parameters()))()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=0)
 
@@ -248,8 +250,16 @@ def test_every_kind_of_integer_array_gives_the_same_batches(tmp_path):
     arrays = [np.memmap(path, np.uint16, "r"), TOKENS.numpy().astype(np.int32), TOKENS.to(torch.uint8)]
     for array in arrays:
         assert torch.equal(Batches(array, 4, CONTEXT, plain.VOCABULARY)(7), expected)
-    first = validation_windows(arrays[0], 3, CONTEXT, plain.VOCABULARY)
-    assert torch.equal(first[1], TOKENS[CONTEXT : 2 * CONTEXT + 1])
+    count = (len(TOKENS) - 1) // CONTEXT
+    whole = validation_windows(arrays[0], count, CONTEXT, plain.VOCABULARY)
+    assert torch.equal(whole[1], TOKENS[CONTEXT : 2 * CONTEXT + 1])
+
+
+def test_validation_windows_are_spread_over_the_whole_array():
+    tokens = torch.arange(101)
+    whole, some = (validation_windows(tokens, count, 10, 101) for count in (10, 4))
+    assert torch.equal(whole[:, 0], torch.arange(10) * 10)
+    assert some[:, 0].tolist() == [0, 20, 50, 70] and torch.equal(some[0], torch.arange(11))
 
 
 @pytest.mark.parametrize("every", [1, 4, 1000])

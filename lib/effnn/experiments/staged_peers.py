@@ -2,9 +2,10 @@
 
 - stack: copies of the whole stack on top of it, moments copied too (G_stack; progressive stacking). Not exact.
 - hypercloning: every matrix is spread over all four blocks as [[W, W], [W, W]] / 2, with noise. Exact.
-- lemon: the input copies share W in unequal, random parts. Exact.
-- bert2bert: the second half of a layer's outputs comes from the layer above it (advanced knowledge initialisation). Not
-  exact.
+- lemon: the blocks over the input copies are new random matrices, shifted by one common matrix so that they sum to W.
+  Exact.
+- bert2bert: W is shared out over the input copies, and the second half of a layer's outputs comes from the layer above
+  it (advanced knowledge initialisation). Not exact.
 Written from their papers' abstracts and summaries; none of the authors' code was run. Except for stacking, all begin
 with new moments. Width alone is theirs where it is not said otherwise.
 """
@@ -51,29 +52,28 @@ def widened(peer: str, model: GPT2LMHeadModel, width: int, seed: int = 0) -> GPT
     grown = staged.grow(model, width=width, noise=0.0).model
     generator = torch.Generator(model.device).manual_seed(seed)
     values = dict(grown.named_parameters())
-    before = {name: value.clone() for name, value in values.items()}
     for name, value in values.items():
-        role = role_of(name)
-        if role.kind is Kind.MATRIX:
-            value.copy_(_matrix(peer, value, width, generator))
+        if role_of(name).kind is Kind.MATRIX:
+            value.copy_(_matrix(peer, value, width, generator, model.config.initializer_range))
+    expanded = {name: value.clone() for name, value in values.items()}
+    for name, value in values.items():
         if peer == "bert2bert" and layer_of(name) is not None and layer_of(name) + 1 < grown.config.n_layer:
-            _borrow(value, before[in_layer(name, layer_of(name) + 1)], role.parts, width)
+            _borrow(value, expanded[in_layer(name, layer_of(name) + 1)], role_of(name).parts, width)
     return grown
 
 
-def _matrix(peer: str, value: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """A widened matrix (width * in, out) with the same effect on `width` equal input copies."""
-    if peer == "bert2bert":
-        return value
+def _matrix(peer: str, value: Tensor, width: int, generator: torch.Generator, new: float) -> Tensor:
+    """A widened matrix (width * in, out) with the same effect on `width` equal input copies.
+
+    new: standard deviation of a new model's weights.
+    """
     copies = value.view(width, -1, value.shape[1])
-    whole = copies.sum(0, keepdim=True)
-    if peer == "hypercloning":
-        noise = (
-            NOISE * value.std() * torch.randn(copies.shape, generator=generator, device=value.device, dtype=value.dtype)
-        )
-        return (whole / width + noise - noise.mean(0, keepdim=True)).view_as(value)
-    shares = torch.rand(copies.shape, generator=generator, device=value.device, dtype=value.dtype)
-    return (whole * shares / shares.sum(0, keepdim=True)).view_as(value)
+    shared = copies.sum(0, keepdim=True) / width
+    if peer == "bert2bert":
+        return shared.expand_as(copies).reshape(value.shape)
+    scale = NOISE * value.std() if peer == "hypercloning" else new
+    random = scale * torch.randn(copies.shape, generator=generator, device=value.device, dtype=value.dtype)
+    return (shared + random - random.mean(0, keepdim=True)).view_as(value)
 
 
 def _borrow(value: Tensor, above: Tensor, parts: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Figures of notebook 03 that are made of training runs; what they show is computed in staged_savings.py."""
+"""Figures of notebook 03 made of training runs; what they show is computed in staged_savings.py and staged_map.py."""
 
 import math
 
@@ -16,6 +16,7 @@ LABELS = {
     "staged": "staged",
     "reset": "staged, moments reset",
     "small": "small model continued",
+    "once": "grown once, not again",
 }
 _COLORS = dict(zip(LABELS, PALETTE, strict=False))
 _STYLES = dict(zip(LABELS, LINE_STYLES, strict=False))
@@ -93,29 +94,84 @@ def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
     return fig
 
 
-def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
-    """Saving against the growth point: when growing pays, and whether it beats continuing the small model.
+def draw_horizons(table: pd.DataFrame, published: float, label: str) -> Figure:
+    """Saving of each line against scratch, over the compute that scratch was given; bands: 95 % over seeds.
 
-    table: as `staged_savings.run_map` makes it. A path that never reaches the loss stands at the lower edge.
+    table: as `staged_map.by_horizon` makes it. Growing pays where staged lies above 0 and above the small model; a line
+    that does not reach the loss under some seed ends there.
     """
     fig, ax = new_figure(width=8.0)
-    worst = min(table.saving[np.isfinite(table.saving)].min(), 0) - 8
-    for (kind, rows), color, style in zip(table.groupby("kind", sort=False), PALETTE, LINE_STYLES * 3, strict=False):
-        means = rows.assign(saving=rows.saving.clip(lower=worst)).groupby("share").saving.mean()
-        ax.plot(means.index, means, color=color, ls=style, marker="o", label=kind)
-        ax.plot(rows.share, rows.saving.clip(lower=worst), color=color, ls="none", marker=".", ms=5, alpha=0.6)
-        own = rows.small_saving.clip(lower=worst)
-        if len(own) and math.isfinite(own.mean()) and own.mean() > worst:
-            ax.axhline(own.mean(), color=color, ls=":", lw=1.2, label=f"its small model continued ({kind})")
+    for name in [name for name in LABELS if name in set(table.line)]:
+        groups = table[table.line == name].groupby("horizon")
+        reached = groups.saving.agg(lambda saving: bool(np.isfinite(saving).all()))
+        groups = [(x, rows.saving) for x, rows in groups if reached[x]]
+        if not groups:
+            continue
+        spans = [interval(saving.tolist()) or (saving.mean(),) * 2 for _, saving in groups]
+        look = {"color": _COLORS[name], "linestyle": _STYLES[name], "marker": "o", "label": LABELS[name]}
+        low, high = zip(*spans, strict=True)
+        band(ax, [x for x, _ in groups], [saving.mean() for _, saving in groups], low, high, **look)
     ax.axhline(0, color="0.35", lw=1.2)
-    ax.annotate("costs more than scratch", (0.99, 0), xycoords=("axes fraction", "data"), ha="right", va="top",
-                fontsize=11, color="0.3", xytext=(0, -4), textcoords="offset points")  # fmt: skip
-    draw_published(ax, [table.share.max() * 1.08], [published], label)
-    ax.set(
-        xlabel="compute spent when growing / compute of scratch", ylabel="FLOPs saved, percent",
-        title="When growing pays",
-    )  # fmt: skip
+    ax.text(0.01, 0, "from scratch", transform=ax.get_yaxis_transform(), va="bottom", fontsize=11, color="0.3")
+    draw_published(ax, [table.horizon.max() * 1.04], [published], label)
+    ax.set(xlabel="FLOPs of scratch (without embeddings)", ylabel="FLOPs saved to equal loss, percent")
+    ax.set_title("Growing against continuing, by the length of training")
+    _plain_log(ax)
     legend_outside(ax)
+    return fig
+
+
+def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
+    """Saving against the growth point, one panel a horizon: when growing pays, and when not.
+
+    table: as `staged_map.run_map` makes it. Large: mean over seeds, filled where growing also beats the small model of
+    its path continued, hollow where that is cheaper; small: each seed. A path that never reaches the loss stands at the
+    lower edge.
+    """
+    horizons = sorted(table.horizon.unique())
+    fig, axes = new_figure(len(horizons), width=4.6, squeeze=False, sharey=True)
+    worst = min(table.saving[np.isfinite(table.saving)].min(), 0) - 6
+    table = table.assign(saving=table.saving.clip(lower=worst), small_saving=table.small_saving.clip(lower=worst))
+    for ax, horizon in zip(axes[0], horizons, strict=True):
+        here = table[table.horizon == horizon]
+        for (kind, rows), color, style in zip(here.groupby("kind", sort=False), PALETTE, LINE_STYLES * 3, strict=False):
+            means = rows.groupby(["path", "steps"])[["share", "saving", "small_saving"]].mean().sort_values("share")
+            for _, path in means.groupby(level="path"):
+                ax.plot(path.share, path.saving, color=color, ls=style, marker="")
+            for filled, part in means.groupby(means.saving > means.small_saving):
+                fill = color if filled else "white"
+                ax.plot(part.share, part.saving, color=color, ls="none", marker="o", ms=9, mfc=fill, mew=2)
+            ax.plot([], [], color=color, ls=style, marker="o", label=kind)
+            ax.plot(rows.share, rows.saving, color=color, ls="none", marker=".", ms=5, alpha=0.6)
+        ax.axhline(0, color="0.35", lw=1.2)
+        power = math.floor(math.log10(horizon))
+        ax.set_title(f"scratch: {horizon / 10.0**power:.2g}$\\cdot 10^{{{power}}}$ FLOPs")
+        ax.set_xlabel("compute when growing / scratch's")
+    axes[0][0].plot([], [], color="0.35", ls="none", marker="o", ms=9, mfc="white", mew=2, label="small one cheaper")
+    draw_published(axes[0][-1], [table.share.max()], [published], label)
+    axes[0][-1].set_xlim(right=table.share.max() * 1.12)
+    axes[0][0].set_ylabel("FLOPs saved, percent")
+    legend_outside(fig, "below")
+    return fig
+
+
+def draw_peers(table: pd.DataFrame) -> Figure:
+    """Loss jump at growth, and FLOPs saved to scratch's loss, by way to grow. table: as `staged_map.run_peers`."""
+    fig, (left, right) = new_figure(2, width=5.6, sharey=True)
+    colors = [PALETTE[1] if name.startswith("ours") else PALETTE[0] for name in table.line]
+    place = range(len(table))[::-1]
+    left.barh(place, table.jump, color=colors)
+    left.set(yticks=place, yticklabels=table.line, xlabel="validation loss after growth minus before, nats a token")
+    left.set_title("Loss jump")
+    reached = np.isfinite(table.saving)
+    right.barh(place, table.saving.where(reached, 0), color=colors)
+    for y, row, ok in zip(place, table.itertuples(), reached, strict=True):
+        if ok:
+            right.plot([row.saving_low, row.saving_high], [y, y], color="0.25", marker="|", ms=9)
+        else:
+            right.annotate("loss not reached", (0, y), xytext=(6, 0), textcoords="offset points", va="center")
+    right.axvline(0, color="0.35", lw=1.2)
+    right.set(xlabel="FLOPs saved against scratch, percent", title="To equal loss (bars: least and most of the seeds)")
     return fig
 
 

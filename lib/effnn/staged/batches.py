@@ -50,9 +50,11 @@ class Batches:
 
 
 def validation_windows(tokens: object, sequences: int, context: int, vocabulary: int) -> Tensor:
-    """The first `sequences` windows of the array, token ids (sequences, context + 1), int64.
+    """`sequences` windows spread evenly over the array, token ids (sequences, context + 1), int64.
 
-    Raises InvalidInput for fewer windows than that, and as `Batches` does.
+    Always the same ones; where there are just as many as asked for, all of them. A corpus is often in the order of its
+    sources, so its first windows would speak for one of them alone. Raises InvalidInput for fewer windows than that,
+    and as `Batches` does.
     """
     tokens = checked_tokens(tokens, context, "validation")
     if (found := (len(tokens) - 1) // context) < sequences:
@@ -60,7 +62,7 @@ def validation_windows(tokens: object, sequences: int, context: int, vocabulary:
             f"the validation tokens hold {found} windows of {context} tokens, evaluate_sequences asks for {sequences}: "
             "ask for fewer, or give more tokens"
         )
-    return read_windows(tokens, torch.arange(sequences) * context, context, vocabulary)
+    return read_windows(tokens, torch.arange(sequences) * found // sequences * context, context, vocabulary)
 
 
 def read_windows(tokens: Tensor, starts: Tensor, context: int, vocabulary: int) -> Tensor:

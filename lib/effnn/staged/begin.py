@@ -41,6 +41,8 @@ def checked_stages(
     if isinstance(start, GPT2Config):
         if stages[0].grows:
             raise InvalidInput("the first stage of a new model cannot grow: give the configuration of the grown size")
+        if start.n_embd % start.n_head:
+            raise InvalidInput(f"a width of n_embd={start.n_embd} does not divide into n_head={start.n_head} heads")
         with torch.device("meta"):
             model = GPT2LMHeadModel(copy.deepcopy(start))
     elif isinstance(start, (GPT2LMHeadModel, TrainState)):
@@ -68,6 +70,8 @@ def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, devi
         state = copy.copy(start)
         state.model, state.optimizer, state.points = copied.model.to(device), copied.optimizer, list(start.points)
         _move_moments(state.optimizer)
+        for group in state.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # an AdamW that no scheduler has driven
         return state
     if isinstance(start, GPT2Config):
         torch.default_generator.manual_seed(recipe.seed)

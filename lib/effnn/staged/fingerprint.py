@@ -1,7 +1,9 @@
 """What makes a run the same run: start, stages, recipe and tokens, as named short texts that can be compared.
 
 A checkpoint carries it, and a run goes on only where all of it agrees. A schedule is compared by its values, so that a
-lambda will do and nothing is ever unpickled. Where checkpoints are made and how many are kept is not part of it.
+lambda will do and nothing is ever unpickled. Not part of it: where checkpoints are made, how many are kept, and how a
+batch is cut into micro-batches (which changes rounding alone), so that a run that was out of memory goes on with
+smaller ones.
 """
 
 import hashlib
@@ -19,6 +21,9 @@ from effnn.staged.state import Recipe, Stage, TrainState
 WHOLE = 2**20
 """Token arrays up to this length are hashed whole, longer ones by this many tokens in 64 places."""
 
+_WRITTEN_BY_SAVING = ("transformers_version", "architectures", "dtype", "_name_or_path")
+"""What a configuration gains when its model is saved and loaded, so that a loaded state is still the same start."""
+
 
 def fingerprint(
     start: GPT2Config | GPT2LMHeadModel | TrainState,
@@ -32,7 +37,7 @@ def fingerprint(
     furthest += start.position if isinstance(start, TrainState) else 0
     found = {"start": _start(start)}
     found |= {f"stage {number}": repr(stage) for number, stage in enumerate(stages)} | {"stages": str(len(stages))}
-    left_out = ("schedule", "checkpoint_every", "keep")
+    left_out = ("schedule", "checkpoint_every", "keep", "micro_batch")
     found |= {f.name: repr(getattr(recipe, f.name)) for f in fields(recipe) if f.name not in left_out}
     found["schedule"] = _schedule(recipe.schedule, furthest)
     found["training tokens"] = _tokens(checked_tokens(train_tokens, recipe.context, "training"))
@@ -52,7 +57,7 @@ def _start(start: GPT2Config | GPT2LMHeadModel | TrainState) -> str:
 
 
 def _config(config: GPT2Config) -> str:
-    values = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+    values = {key: value for key, value in config.to_dict().items() if key not in _WRITTEN_BY_SAVING}
     return _hash([json.dumps(values, sort_keys=True, default=str).encode()])
 
 

@@ -101,6 +101,9 @@ def grow(
     if scheduler is not None:
         check_scheduler(scheduler, optimizer)
 
+    if batch is not None:
+        _check_batch(batch, model.config.n_positions)
+
     layout = Layout.of(model.config.n_layer, depth, order)
     with torch.no_grad():
         grown, n_wide = _grow_model(model, layout, width, depth, init, noise, seed)
@@ -191,6 +194,14 @@ def _checked_noise(model: GPT2LMHeadModel, noise: float | None) -> float:
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
         raise InvalidInput(f"noise={noise!r}: expected a number from 0 to 1, or None")
     return float(noise)
+
+
+def _check_batch(batch: Tensor, positions: int) -> None:
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or not 2 <= batch.shape[1] <= positions:
+        found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise InvalidInput(
+            f"batch: expected token ids (rows, length) with a length from 2 to n_positions={positions}, found {found}"
+        )
 
 
 def _check_choices(**given: tuple[str, tuple[str, ...]]) -> None:

@@ -33,6 +33,8 @@ class Ranks:
         "cuda" without an index is the device of LOCAL_RANK under torchrun, else torch's current one.
         """
         device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InvalidInput("device='cuda': this torch sees no GPU; give device='cpu', or install a CUDA build")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         if dist.is_available() and dist.is_initialized():

@@ -57,7 +57,7 @@ class Stage:
         _check_whole(self, 0, "steps", "rewarm", *(["entry"] if self.entry is not None else []))
         if self.learning_rate is not None:
             _check_number(self, "learning_rate", 0, math.inf)
-        if self.noise is not None and not 0 <= self.noise <= 1:
+        if self.noise is not None and not (isinstance(self.noise, Real) and 0 <= self.noise <= 1):
             raise InvalidInput(f"noise={self.noise!r}: expected a number from 0 to 1, or None")
         choices = {"order": ORDERS, "init": INITS, "moments": MOMENTS, "new_moments": NEW_MOMENTS}
         for name, allowed in (choices | {"adam_width_rule": WIDTH_RULES}).items():
@@ -82,9 +82,9 @@ class Recipe:
     clip: largest gradient norm on the scale of the ungrown model (clipping.py); None does not clip. micro_batch:
     sequences in one forward pass, gradients are accumulated over them; None takes a rank's part at once. precision:
     "float32" computes in the model's own type, "bfloat16" under torch.autocast; weights, moments and loss keep theirs.
-    seed: of new weights, data order, dropout and noise. evaluate_every: steps. evaluate_sequences: the first windows of
-    the validation tokens, always the same. checkpoint_every: steps; None saves at the end of a stage only. keep: how
-    many checkpoints stay. Raises InvalidInput for values out of range.
+    seed: of new weights, data order, dropout and noise. evaluate_every: steps. evaluate_sequences: windows of the
+    validation tokens, spread evenly and always the same. checkpoint_every: steps; None saves at the end of a stage
+    only. keep: how many checkpoints stay. Raises InvalidInput for values out of range.
     """
 
     batch_size: int

@@ -4,6 +4,7 @@ The loss is the mean cross-entropy in at least float32. Gradients are accumulate
 ranks (DistributedDataParallel). Rates are set as LambdaLR does: a group's own peak times the factor of the position.
 """
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -36,7 +37,8 @@ class Stepper:
         if ranks.size > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
-        self.clip = None if recipe.clip is None else Clip(self.model, recipe.clip)
+        trained = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
+        self.clip = None if recipe.clip is None else Clip(self.model, recipe.clip, trained)
 
     def __call__(self, batch: Tensor) -> Tensor:
         """One step on token ids (batch_size, context + 1); returns this rank's mean loss, 0-dimensional, detached."""
@@ -46,7 +48,7 @@ class Stepper:
             raise InvalidInput(f"the schedule gives {factor!r} at position {state.position}: expected 0 or more")
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        state.optimizer.zero_grad()
+        self.model.zero_grad()  # also of what the optimizer does not hold
         own = batch[self.ranks.rank * self.rows :][: self.rows].to(self.ranks.device)
         parts = own.split(self.micro_batch)
         losses = []
@@ -66,12 +68,15 @@ class Stepper:
 
 
 class Clip:
-    """`clip_grad_norm_` of clipping.py with the names looked up once and the norms taken together."""
+    """`clip_grad_norm_` of clipping.py with the names looked up once and the norms taken together.
 
-    def __init__(self, model: GPT2LMHeadModel, max_norm: float) -> None:
+    trained: the parameters that are clipped and whose norm counts, those of the optimizer.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, max_norm: float, trained: Collection[Tensor]) -> None:
         factor, self.max_norm = total_width(model.config), max_norm
         weights = {Kind.MATRIX: 1.0, Kind.FINAL_NORM: factor**-0.5}
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p in trained]
         self.parameters = [parameter for _, parameter in named]
         values = [weights.get(role_of(name).kind, factor**0.5) for name, _ in named]
         self.weights = torch.tensor(values, dtype=torch.float64).to(self.parameters[0])

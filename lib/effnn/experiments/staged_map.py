@@ -1,0 +1,105 @@
+"""Notebook 03, the study's part: when growing pays (growth points, paths, horizons), and competitors' ways to grow."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from effnn.experiments import staged_peers
+from effnn.experiments.staged_lines import Line, Outcome, Setting, best_rates, run_lines
+from effnn.experiments.staged_savings import jumps, savings
+
+
+def run_map(
+    points: Sequence[Sequence[object]],
+    runs: Outcome,
+    rate: float,
+    budgets: dict[str, Sequence[float]],
+    seeds: Sequence[int],
+    setting: Setting,
+) -> pd.DataFrame:
+    """Return what other growth paths save at every budget of scratch, one row a path, horizon and seed.
+
+    points: [kind, sizes of the stages, steps of all stages but the last, peak rates of these]; the last size is that of
+    `runs`, whose reference from scratch they are compared with; its last stage trains at `rate`. budgets: "staged" of
+    the paths, "small" of each first stage's model continued at its own rate. Where `runs` has such a small model
+    already, it is not trained again. Columns: kind, path, steps, seed, horizon (the budget of scratch), share (of the
+    reference's FLOPs at that horizon that is spent when the last growth comes), saving (percent; minus infinity where
+    the loss is never reached), small_saving (of the first stage's model continued).
+    """
+    lines, small = {}, {}
+    for kind, sizes, steps, rates in points:
+        path = tuple(tuple(size) for size in sizes)
+        name = f"{_named(path)} after {'+'.join(map(str, steps))}"
+        lines[name] = kind, Line(name, path, (*rates, rate), tuple(steps))
+        small.setdefault(path[0], Line(f"small {path[:1]}", path[:1], tuple(rates[:1])))
+    known = runs.ends[(runs.ends.line == "small") & runs.ends.seed.isin(seeds)]
+    reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
+    jobs = [(line, budgets["staged"]) for _, line in lines.values()]
+    found = run_lines(jobs + [(line, budgets["small"]) for line in small.values()], seeds, setting, "map")
+    ends = pd.concat([reference, found.ends, known])
+    rows = []
+    for horizon in sorted(reference.budget.unique()):
+        table = savings(ends, horizon=horizon)
+        table = table[table.axis == "flops"].set_index(["line", "seed"])
+        for name, (kind, line) in lines.items():
+            for seed in seeds:
+                own = found.points[(found.points.line == name) & (found.points.seed == seed)]
+                entry, other = table.loc[(name, seed)], table.loc[(small[line.sizes[0]].name, seed)]
+                row = {"kind": kind, "path": _named(line.sizes), "steps": "+".join(map(str, line.steps)), "seed": seed}
+                row |= {"horizon": horizon, "share": own[own.phase == own.phase.max()].flops.min() / entry.reference}
+                rows.append(row | {"saving": entry.saving, "small_saving": other.saving})
+    return pd.DataFrame(rows)
+
+
+def by_horizon(ends: pd.DataFrame) -> pd.DataFrame:
+    """Return the savings in FLOPs of all lines against scratch at each of its budgets: `savings` and horizon."""
+    horizons = sorted(ends[ends.line == "scratch"].budget.unique())
+    tables = [savings(ends, horizon=horizon).assign(horizon=horizon) for horizon in horizons]
+    table = pd.concat(tables, ignore_index=True)
+    return table[table.axis == "flops"].drop(columns="axis")
+
+
+def run_peers(
+    ours: Line,
+    deep: Line,
+    candidates: Sequence[float],
+    tuning: tuple[float, int],
+    budgets: Sequence[float],
+    runs: Outcome,
+    seeds: Sequence[int],
+    setting: Setting,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return competitors' ways to grow beside ours, and the table of their tuning.
+
+    ours, deep: lines of two stages that grow in width and in depth to the size of `runs`; width's competitors start
+    from the first one's small model, stacking from the second one's. candidates: rates that every line tries in its
+    last stage; tuning: (budget in FLOPs, seed) of each try, judged on the validation split. Columns: line, rate, jump
+    (of the validation loss at growth), test_loss (at the largest budget), saving (percent of FLOPs against scratch),
+    all but the rate means over seeds, and saving_low and saving_high, the extremes over seeds.
+    """
+    compared = {"ours (width)": ours, "ours (depth)": deep}
+    compared |= {
+        peer: replace(deep if peer == "stack" else ours, growth=(("peer", peer),)) for peer in staged_peers.PEERS
+    }
+    tried = [
+        (replace(line, name=f"{name}@{rate:g}", rates=(*line.rates[:-1], rate)), tuning[:1])
+        for name, line in compared.items()
+        for rate in candidates
+    ]
+    tuned = best_rates(run_lines(tried, tuning[1:], setting, "competitors: rates").ends)
+    best = tuned[tuned.best].set_index("what").rate
+    lines = [replace(line, name=name, rates=(*line.rates[:-1], best[name])) for name, line in compared.items()]
+    found = run_lines([(line, budgets) for line in lines], seeds, setting, "competitors")
+    reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
+    saved = savings(pd.concat([reference, found.ends]))
+    saved = saved[saved.axis == "flops"].groupby("line").saving
+    moved = jumps(found.points).groupby("line").jump.mean()
+    ends = found.ends[found.ends.budget == max(budgets)].groupby("line").test_loss.mean()
+    table = pd.DataFrame({"rate": best, "jump": moved, "test_loss": ends, "saving": saved.mean()}).loc[list(compared)]
+    table["saving_low"], table["saving_high"] = saved.min(), saved.max()
+    return table.rename_axis("line").reset_index(), tuned
+
+
+def _named(path: Sequence[tuple[int, int]]) -> str:
+    return " to ".join(f"{layers}x{width}" for layers, width in path)
