@@ -201,6 +201,24 @@ def test_a_folder_of_another_run_is_refused(finished, changes, sentence):
     assert names(finished) == before
 
 
+def test_smaller_micro_batches_go_on_with_the_same_run(tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        interrupt_at(monkeypatch, 8)
+        worker.run(tmp_path, how=worker.recipe(checkpoint_every=4))
+    monkeypatch.undo()
+    state = worker.run(tmp_path, how=worker.recipe(checkpoint_every=4, micro_batch=2))
+    assert state.step == sum(stage.steps for stage in worker.STAGES)
+
+
+def test_a_state_from_disk_is_the_same_start_as_in_memory(tmp_path):
+    stages = [Stage(6)]
+    kept = worker.run(tmp_path / "a", stages=stages)
+    loaded = worker.run(tmp_path / "a", stages=stages)
+    worker.run(tmp_path / "b", start=kept, stages=[Stage(4, width=2)])
+    again = worker.run(tmp_path / "b", start=loaded, stages=[Stage(4, width=2)])
+    assert again.step == 10 and loaded.model.config.to_dict() != kept.model.config.to_dict()
+
+
 def test_a_schedule_without_a_name_is_known_by_its_values(tmp_path):
     def how(schedule):
         return worker.recipe(schedule=schedule)

@@ -220,3 +220,11 @@ def test_growth_of_a_growing_optimizer_over_several_stages():
         assert state.record[-1].loss_after == pytest.approx(state.record[0].loss_before, abs=1e-10)
         plain.train(state.model, state.optimizer, 2)
     assert isinstance(state.optimizer, AdamW) and state.model.config.n_embd == 64 and state.model.config.n_layer == 8
+
+
+@pytest.mark.parametrize(
+    "batch", [torch.zeros(2, 1).long(), torch.zeros(2, 1000).long(), torch.zeros(9).long(), [[1, 2]]]
+)
+def test_a_batch_without_a_loss_is_refused(batch):
+    with pytest.raises(InvalidInput, match="batch: expected token ids .rows, length. with a length from 2 to n_pos"):
+        staged.grow(plain.tiny_gpt2(), width=2, batch=batch)

@@ -284,6 +284,7 @@ def scheduled(schedule) -> Recipe:
         (lambda: Stage(1, learning_rate=0.0), "learning_rate=0.0"),
         (lambda: Stage(1, entry=-1), "entry=-1"),
         (lambda: Stage(1, noise=2.0), "noise=2.0"),
+        (lambda: Stage(1, noise="0.3"), "noise='0.3': expected a number"),
         (lambda: recipe(batch_size=0), "batch_size=0"),
         (lambda: recipe(micro_batch=3), "batch_size=4 cannot be divided into micro_batch=3"),
         (lambda: recipe(precision="half"), "precision='half': expected one of float32, bfloat16"),
@@ -295,6 +296,7 @@ def scheduled(schedule) -> Recipe:
         (lambda: run(config(), []), "one or more Stage"),
         (lambda: run(config(), [Stage(1, width=2)]), "first stage of a new model cannot grow"),
         (lambda: run("gpt2", [Stage(1)]), "found str"),
+        (lambda: run(GPT2Config(n_embd=18, n_head=4), [Stage(1)]), "n_embd=18 does not divide into n_head=4"),
         (lambda: run(config(n_positions=8), [Stage(1)]), "context of 12 tokens is more than the model's n_positions=8"),
         (lambda: run(config(scale_attn_by_inverse_layer_idx=True), [Stage(1), Stage(1, depth=2)]), "in width only"),
         (lambda: run(config(), [Stage(1)], recipe(evaluate_sequences=50)), "33 windows of 12 .* asks for 50"),
@@ -317,3 +319,36 @@ def test_several_types_of_weights():
     model.transformer.ln_f.float()
     with pytest.raises(InvalidInput, match="several types .torch.float32, torch.float64"):
         run(model, [Stage(1)])
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match="sees no GPU"):
+        run(config(), [Stage(1)], device="cuda")
+
+
+def test_an_optimizer_of_ones_own_goes_on_from_its_rates():
+    model = plain.tiny_gpt2()
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decayed, "lr": 3e-3}, {"params": others, "lr": 1e-3}]
+    optimizer = AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    state = staged.TrainState(model, optimizer, PLATEAU, 3e-3, position=10)
+    after = run(state, [Stage(3)])
+    assert [group["lr"] for group in after.optimizer.param_groups] == [3e-3, 1e-3]
+    assert "initial_lr" not in optimizer.param_groups[0]  # the original is untouched
+    grown = run(state, [Stage(2, width=2, learning_rate=6e-3)])
+    assert [group["lr"] for group in grown.optimizer.param_groups] == [6e-3, 2e-3]
+
+
+def test_what_the_optimizer_does_not_hold_neither_adds_up_nor_counts_in_the_norm():
+    held_back = "transformer.wpe.weight"
+
+    def trained(freeze: bool) -> staged.TrainState:
+        model = plain.tiny_gpt2()
+        model.get_parameter(held_back).requires_grad_(not freeze)
+        mine = [parameter for name, parameter in model.named_parameters() if name != held_back]
+        optimizer = AdamW(mine, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+        return run(staged.TrainState(model, optimizer, PLATEAU, 1e-2), [Stage(8)], recipe(clip=0.05))
+
+    assert torch.equal(weights(trained(freeze=False)), weights(trained(freeze=True)))
