@@ -257,6 +257,8 @@ def test_savings_at_a_smaller_horizon():
     assert table.horizon.tolist() == [50.0, 100.0] and table.saving.tolist() == [pytest.approx(20.0), -math.inf]
     figure = staged_savings_figures.draw_horizons(table, 20.0, "talk")
     drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    small = frontier("small", 0, [(30.0, 3.5), (60.0, 2.9)])
+    assert staged_savings.claimed_savings(pd.concat([ends, small]), horizon=50.0)[0] == pytest.approx([20.0])
     assert drawn["staged"].get_xdata() == [50.0] and drawn["published: talk"].get_ydata() == [20.0]
 
 
@@ -367,7 +369,7 @@ def test_competitors_are_charged_and_measured_like_ours(setting, monkeypatch):
     scratch = staged_lines.run_lines([(Line("scratch", ((2, 16),), (5e-3,)), budgets)], [0], setting)
     seen, run = [], staged_lines.run_lines
     monkeypatch.setattr(staged_map, "run_lines", lambda *given: seen.append(run(*given)) or seen[-1])
-    table, tuned = staged_map.run_peers(wide, deep, [1e-3, 5e-3], (budgets[0], 9), budgets, scratch, [0], setting)
+    table, tuned = staged_map.run_peers(wide, deep, [1e-3, 5e-3], (budgets[0], 9), budgets, scratch, None, [0], setting)
     assert list(table.line) == ["ours (width)", "ours (depth)", *staged_peers.PEERS]
     assert tuned.groupby("what").rate.apply(sorted).tolist() == [[1e-3, 5e-3]] * 6
     assert table.set_index("line").rate.to_dict() == tuned[tuned.best].set_index("what").rate.to_dict()

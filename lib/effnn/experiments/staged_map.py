@@ -67,6 +67,7 @@ def run_peers(
     tuning: tuple[float, int],
     budgets: Sequence[float],
     runs: Outcome,
+    horizon: float | None,
     seeds: Sequence[int],
     setting: Setting,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -74,9 +75,9 @@ def run_peers(
 
     ours, deep: lines of two stages that grow in width and in depth to the size of `runs`; width's competitors start
     from the first one's small model, stacking from the second one's. candidates: rates that every line tries in its
-    last stage; tuning: (budget in FLOPs, seed) of each try, judged on the validation split. Columns: line, rate, jump
-    (of the validation loss at growth), test_loss (at the largest budget), saving (percent of FLOPs against scratch),
-    all but the rate means over seeds, and saving_low and saving_high, the extremes over seeds.
+    last stage; tuning: (budget in FLOPs, seed) of each try, judged on the validation split. horizon: as in `savings`.
+    Columns: line, rate, jump (of the validation loss at growth), test_loss (at the largest budget), saving (percent of
+    FLOPs against scratch), all but the rate means over seeds, and saving_low and saving_high, the extremes over seeds.
     """
     compared = {"ours (width)": ours, "ours (depth)": deep}
     compared |= {
@@ -92,7 +93,7 @@ def run_peers(
     lines = [replace(line, name=name, rates=(*line.rates[:-1], best[name])) for name, line in compared.items()]
     found = run_lines([(line, budgets) for line in lines], seeds, setting, "competitors")
     reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
-    saved = savings(pd.concat([reference, found.ends]))
+    saved = savings(pd.concat([reference, found.ends]), horizon=horizon)
     saved = saved[saved.axis == "flops"].groupby("line").saving
     moved = jumps(found.points).groupby("line").jump.mean()
     ends = found.ends[found.ends.budget == max(budgets)].groupby("line").test_loss.mean()

@@ -48,7 +48,7 @@ def savings(ends: pd.DataFrame, reference: str = "scratch", horizon: float | Non
     return pd.DataFrame(rows)
 
 
-def claimed_savings(ends: pd.DataFrame, line: str = "staged") -> tuple[list[float], str]:
+def claimed_savings(ends: pd.DataFrame, line: str = "staged", horizon: float | None = None) -> tuple[list[float], str]:
     """Return what the claim asks for, one number a seed, and a note: FLOPs saved in percent.
 
     The claim wants a setting where growing also beats the small model simply continued (and, with three stages, what
@@ -56,7 +56,7 @@ def claimed_savings(ends: pd.DataFrame, line: str = "staged") -> tuple[list[floa
     what it saves against that model, which is 0 or less. A line that never reaches the loss is taken at its largest
     budget, as if it had reached it there.
     """
-    table, against = savings(ends), pays(ends, line)
+    table, against = savings(ends, horizon=horizon), pays(ends, line, horizon=horizon)
     found = table[(table.line == line) & (table.axis == "flops")].set_index("seed").sort_index()
     against = against[against.axis == "flops"].set_index("seed").sort_index()
     spent = found.spent.where(np.isfinite(found.spent), _largest(ends, line))
@@ -89,14 +89,19 @@ def jumps(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["line", "seed", "before", "after", "jump"])
 
 
-def pays(ends: pd.DataFrame, line: str = "staged", others: Sequence[str] = ("small", "once")) -> pd.DataFrame:
+def pays(
+    ends: pd.DataFrame,
+    line: str = "staged",
+    others: Sequence[str] = ("small", "once"),
+    horizon: float | None = None,
+) -> pd.DataFrame:
     """Return whether growing beats simply continuing a smaller model, by seed and axis.
 
     others: those smaller models, as far as there are such lines. Columns: spent; other_spent (of the cheapest of them;
     infinite where none gets there); known (False where one was already better at its smallest budget, so that what it
     needs is only known to be less); pays (spent less, and known).
     """
-    table = savings(ends).set_index(["seed", "axis"])
+    table = savings(ends, horizon=horizon).set_index(["seed", "axis"])
     found = table[table.line == line][["spent"]].copy()
     other = table[table.line.isin(others)].groupby(level=["seed", "axis"])
     found["other_spent"], found["known"] = other.spent.min(), ~other.at_most.any()

@@ -22,7 +22,7 @@ _COLORS = dict(zip(LABELS, PALETTE, strict=False))
 _STYLES = dict(zip(LABELS, LINE_STYLES, strict=False))
 
 
-def draw_frontier(ends: pd.DataFrame) -> Figure:
+def draw_frontier(ends: pd.DataFrame, horizon: float | None = None) -> Figure:
     """Test loss after the decay against what was spent, in both conventions of FLOPs; bands: 95 % over seeds."""
     fig, axes = new_figure(2)
     for ax, axis, label in zip(
@@ -39,7 +39,8 @@ def draw_frontier(ends: pd.DataFrame) -> Figure:
                 ax.errorbar(x, mean, yerr=error, capsize=4, **look | {"linestyle": "none"})
             else:
                 band(ax, x, mean, low, high, **look)
-        target = ends[(ends.line == "scratch") & (ends.budget == ends[ends.line == "scratch"].budget.max())]
+        scratch = ends[ends.line == "scratch"]
+        target = scratch[scratch.budget == (horizon or scratch.budget.max())]
         ax.axhline(target.test_loss.mean(), color="0.35", lw=1.2, ls=":", label="loss that is compared")
         ax.set(xlabel=label, title=f"Loss against {label}")
         _plain_log(ax)
