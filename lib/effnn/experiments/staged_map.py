@@ -27,17 +27,20 @@ def run_map(
     reference's FLOPs at that horizon that is spent when the last growth comes), saving (percent; minus infinity where
     the loss is never reached), small_saving (of the first stage's model continued).
     """
-    lines, small = {}, {}
+    trained = runs.points[runs.points.line == "small"][["layers", "width"]].head(1)
+    small = {tuple(size): Line("small", (tuple(size),), (1.0,)) for size in trained.itertuples(index=False)}
+    missing, lines = {}, {}
     for kind, sizes, steps, rates in points:
         path = tuple(tuple(size) for size in sizes)
-        name = f"{_named(path)} after {'+'.join(map(str, steps))}"
-        lines[name] = kind, Line(name, path, (*rates, rate), tuple(steps))
-        small.setdefault(path[0], Line(f"small {path[:1]}", path[:1], tuple(rates[:1])))
-    known = runs.ends[(runs.ends.line == "small") & runs.ends.seed.isin(seeds)]
-    reference = runs.ends[(runs.ends.line == "scratch") & runs.ends.seed.isin(seeds)]
+        lines[f"{_named(path)} after {'+'.join(map(str, steps))}"] = kind, Line("", path, (*rates, rate), tuple(steps))
+        if path[0] not in small:
+            missing[path[0]] = Line(f"small {_named(path[:1])}", path[:1], tuple(rates[:1]))
+    small |= missing
+    lines = {name: (kind, replace(line, name=name)) for name, (kind, line) in lines.items()}
     jobs = [(line, budgets["staged"]) for _, line in lines.values()]
-    found = run_lines(jobs + [(line, budgets["small"]) for line in small.values()], seeds, setting, "map")
-    ends = pd.concat([reference, found.ends, known])
+    found = run_lines(jobs + [(line, budgets["small"]) for line in missing.values()], seeds, setting, "map")
+    given = runs.ends[runs.ends.line.isin(["scratch", "small"]) & runs.ends.seed.isin(seeds)]
+    reference, ends = given[given.line == "scratch"], pd.concat([given, found.ends])
     rows = []
     for horizon in sorted(reference.budget.unique()):
         table = savings(ends, horizon=horizon)
