@@ -3,7 +3,7 @@
 # Variables, e.g. `make reproduce NOTEBOOK=01`:
 PYTHON   ?= python3## Python 3.11 or newer, used once to make .venv
 NOTEBOOK ?=## beginning of a notebook's name (01); empty runs all
-PROFILE  ?= laptop## smoke, laptop, study, sst2 or paper
+PROFILE  ?= laptop## smoke, laptop, study, sst2, paper or gpt2-large
 ARGS     ?=## more options of effnn.reproduce (--set seed=1, --force)
 KEY      ?=## part of the benchmarks (ltp, comm); empty runs all
 # On Linux the public index serves the CUDA build of torch (gigabytes), so PyTorch's own CPU index is asked as well.

@@ -398,11 +398,26 @@ def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
     assert list(table.path[:2]) == ["2x8 to 2x16", "1x8 to 1x16 to 2x16"]
     assert table.horizon.tolist() == [budgets[0]] * 2 + [budgets[1]] * 2
     spent = 20 * each((2, 8), setting, 1), 10 * each((1, 8), setting, 1) + 10 * each((1, 16), setting, 1)
+    assert table.slope.isna().all()  # too few evaluations here
     reference = scratch.ends.flops.tolist()
     assert table.share.tolist() == pytest.approx([flops / whole for whole in reference for flops in spent])
     figure = staged_savings_figures.draw_map(table.assign(saving=[5.0, -math.inf, 6.0, 7.0]), 20.0, "talk")
     drawn = [line for line in figure.axes[-1].lines if line.get_label() == "published: talk"]
     assert drawn[0].get_ydata() == [20.0] and len(figure.axes) == 2
+
+
+def test_the_slope_at_growth_is_that_of_the_stage_before_it():
+    first, second = np.arange(1, 11) * 10.0, np.arange(0, 31) * 10.0
+    own = pd.concat(
+        [
+            walk("x", np.zeros(10, int), first, 4 * first**-0.5).assign(flops=first),
+            walk("x", np.ones(31, int), second, 3 * (second + 1e-9) ** -0.2).assign(flops=100 + second),
+            walk("x", np.full(2, 2), first[:2], np.ones(2)).assign(flops=400 + first[:2]),
+        ]
+    )
+    assert staged_map.slope_at_growth(own) == pytest.approx(-0.2, abs=1e-3)
+    assert staged_map.slope_at_growth(own[own.phase < 2]) == pytest.approx(-0.5, abs=1e-3)
+    assert math.isnan(staged_map.slope_at_growth(own[(own.phase == 1) | (own.step < 30)]))
 
 
 def test_perplexity_is_exp_of_the_mean_loss():

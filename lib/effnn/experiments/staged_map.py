@@ -1,10 +1,12 @@
 """Notebook 03, the study's part: when growing pays (growth points, paths, horizons), and competitors' ways to grow."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
 
+from effnn import staged
 from effnn.experiments import staged_peers
 from effnn.experiments.staged_lines import Line, Outcome, Setting, best_rates, run_lines
 from effnn.experiments.staged_savings import jumps, savings
@@ -24,7 +26,7 @@ def run_map(
     `runs`, whose reference from scratch they are compared with; its last stage trains at `rate`. budgets: "staged" of
     the paths, "small" of each first stage's model continued at its own rate. Where `runs` has such a small model
     already, it is not trained again. Columns: kind, path, steps, seed, horizon (the budget of scratch), share (of the
-    reference's FLOPs at that horizon that is spent when the last growth comes), saving (percent; minus infinity where
+    reference's FLOPs at that horizon that is spent when the last growth comes), slope (`slope_at_growth`), saving (percent; minus infinity where
     the loss is never reached), small_saving (of the first stage's model continued).
     """
     trained = runs.points[runs.points.line == "small"][["layers", "width"]].head(1)
@@ -50,9 +52,27 @@ def run_map(
                 own = found.points[(found.points.line == name) & (found.points.seed == seed)]
                 entry, other = table.loc[(name, seed)], table.loc[(small[line.sizes[0]].name, seed)]
                 row = {"kind": kind, "path": _named(line.sizes), "steps": "+".join(map(str, line.steps)), "seed": seed}
+                row["slope"] = slope_at_growth(own)
                 row |= {"horizon": horizon, "share": own[own.phase == own.phase.max()].flops.min() / entry.reference}
                 rows.append(row | {"saving": entry.saving, "small_saving": other.saving})
     return pd.DataFrame(rows)
+
+
+def slope_at_growth(points: pd.DataFrame) -> float:
+    """Slope d log(loss) / d log(FLOPs) of the model before the last growth, the last that is known (NaN: too short).
+
+    points: of one line and seed, at a constant rate. FLOPs count from the beginning of that stage, as the slope of a
+    model that was itself grown would otherwise look flat. Compare with `staged.growth_tau`.
+    """
+    phase = points.phase.max() - 1
+    before = points[points.phase == phase]
+    start = points[points.phase < phase].flops.max() if phase else 0
+    before = before[before.flops > start]
+    if len(before) < 5:
+        return math.nan
+    slopes = staged.local_slope((before.flops - start).tolist(), before.validation_loss.tolist())
+    known = slopes[~slopes.isnan()]
+    return float(known[-1]) if len(known) else math.nan
 
 
 def by_horizon(ends: pd.DataFrame) -> pd.DataFrame:
