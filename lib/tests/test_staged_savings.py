@@ -417,7 +417,7 @@ def test_the_slope_at_growth_is_that_of_the_stage_before_it():
     )
     assert staged_map.slope_at_growth(own) == pytest.approx(-0.2, abs=1e-3)
     assert staged_map.slope_at_growth(own[own.phase < 2]) == pytest.approx(-0.5, abs=1e-3)
-    assert math.isnan(staged_map.slope_at_growth(own[(own.phase == 1) | (own.step < 30)]))
+    assert math.isnan(staged_map.slope_at_growth(own[(own.phase != 1) | (own.step < 30)]))
 
 
 def test_perplexity_is_exp_of_the_mean_loss():

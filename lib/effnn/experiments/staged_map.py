@@ -26,8 +26,8 @@ def run_map(
     `runs`, whose reference from scratch they are compared with; its last stage trains at `rate`. budgets: "staged" of
     the paths, "small" of each first stage's model continued at its own rate. Where `runs` has such a small model
     already, it is not trained again. Columns: kind, path, steps, seed, horizon (the budget of scratch), share (of the
-    reference's FLOPs at that horizon that is spent when the last growth comes), slope (`slope_at_growth`), saving (percent; minus infinity where
-    the loss is never reached), small_saving (of the first stage's model continued).
+    reference's FLOPs at that horizon that is spent when the last growth comes), slope (`slope_at_growth`), saving
+    (percent; minus infinity where the loss is never reached), small_saving (of the first stage's model continued).
     """
     trained = runs.points[runs.points.line == "small"][["layers", "width"]].head(1)
     small = {tuple(size): Line("small", (tuple(size),), (1.0,)) for size in trained.itertuples(index=False)}
