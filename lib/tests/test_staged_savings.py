@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from effnn import paths, staged
+from effnn import paths, report, staged
 from effnn.base import InvalidInput
 from effnn.data import corpus, tokens
 from effnn.experiments import (
@@ -21,6 +21,7 @@ from effnn.experiments import (
     staged_zero_shot,
 )
 from effnn.experiments.staged_lines import Line, Setting
+from effnn.runner.profiles import load_profile
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,21 @@ def test_a_long_run_goes_on_from_its_checkpoints(setting, monkeypatch):
     assert len(done) <= whole.ends.steps.max() + whole.ends.steps.max() // 3 + 7
     columns = ["steps", "flops", "validation_loss", "test_loss"]
     pd.testing.assert_frame_equal(again.ends[columns], whole.ends[columns])
+
+
+def test_the_laptop_takes_the_rates_that_the_study_chose():
+    values, study = (
+        load_profile(name, ["01_post_training_pruning", "03_staged_training", "06_backends"]).values(
+            "03_staged_training"
+        )
+        for name in ("laptop", "study")
+    )
+    tuning = report.load("study", "03_staged_training").table("tuning")
+    best = tuning[tuning.best].set_index("what").rate
+    assert [values[name] for name in ("scratch_rate", "small_rate")] == [best["scratch"], best["small"]]
+    assert values["staged_rates"] == [study["staged_rates"][0], best["staged"]]
+    assert best["reset"] == best["staged"]  # the laptop has one entry for both
+    assert not tuning.edge.any()
 
 
 def frontier(name: str, seed: int, points: list[tuple[float, float]]) -> pd.DataFrame:
