@@ -269,13 +269,24 @@ def test_the_cheapest_smaller_model_is_the_one_to_beat():
 
 def test_savings_at_a_smaller_horizon():
     ends = pd.concat([frontier("scratch", 0, [(50.0, 3.0), (100.0, 2.0)]), frontier("staged", 0, [(40.0, 3.0)])])
-    table = staged_map.by_horizon(ends)
-    assert table.horizon.tolist() == [50.0, 100.0] and table.saving.tolist() == [pytest.approx(20.0), -math.inf]
-    figure = staged_savings_figures.draw_horizons(table, 20.0, "talk")
-    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    table = staged_savings.savings(ends, horizon=50.0)
+    assert table[table.axis == "flops"].saving.item() == pytest.approx(20.0)
     small = frontier("small", 0, [(30.0, 3.5), (60.0, 2.9)])
     assert staged_savings.claimed_savings(pd.concat([ends, small]), horizon=50.0)[0] == pytest.approx([20.0])
-    assert drawn["staged"].get_xdata() == [50.0] and drawn["published: talk"].get_ydata() == [20.0]
+
+
+def test_savings_over_the_horizon():
+    exponent = math.log(3 / 2) / math.log(2)  # of a power law through both of scratch's points
+    points = [(x, 2 * (x / 80) ** -exponent) for x in (50.0, 64.0, 72.0)]  # four fifths of scratch's compute
+    ends = pd.concat([frontier("scratch", 0, [(50.0, 3.0), (100.0, 2.0)]), frontier("staged", 0, points)])
+    table = staged_map.by_horizon(ends, count=5)
+    assert table.horizon.tolist() == pytest.approx([50 * 2 ** (i / 4) for i in range(5)])
+    assert table.at_least.tolist() == [True, True, False, False, False]
+    assert table.saving[2:].tolist() == pytest.approx([20.0, 20.0, -math.inf])
+    figure = staged_savings_figures.draw_horizons(table, 20.0, "talk", 70.0)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    assert drawn["staged"].get_xdata() == pytest.approx([50 * 2**0.5, 50 * 2**0.75])
+    assert drawn["published: talk"].get_ydata() == [20.0]
 
 
 def test_a_line_already_better_at_its_smallest_budget_is_charged_all_of_it():
@@ -417,9 +428,13 @@ def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
     assert table.slope.isna().all()  # too few evaluations here
     reference = scratch.ends.flops.tolist()
     assert table.share.tolist() == pytest.approx([flops / whole for whole in reference for flops in spent])
-    figure = staged_savings_figures.draw_map(table.assign(saving=[5.0, -math.inf, 6.0, 7.0]), 20.0, "talk")
+    figure = staged_savings_figures.draw_map(
+        table.assign(saving=[5.0, -math.inf, 6.0, 7.0], at_least=False), 20.0, "talk"
+    )
     drawn = [line for line in figure.axes[-1].lines if line.get_label() == "published: talk"]
     assert drawn[0].get_ydata() == [20.0] and len(figure.axes) == 2
+    mostly_bounds = table.assign(saving=5.0, at_least=[True, True, True, False])
+    assert len(staged_savings_figures.draw_map(mostly_bounds, 20.0, "talk").axes) == 1
 
 
 def test_the_slope_at_growth_is_that_of_the_stage_before_it():

@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from effnn import staged
 from effnn.experiments import staged_peers
 from effnn.experiments.staged_lines import Line, Outcome, Setting, best_rates, run_lines
-from effnn.experiments.staged_savings import jumps, savings
+from effnn.experiments.staged_savings import compute_to_loss, jumps, savings
 
 
 def run_map(
@@ -27,7 +28,8 @@ def run_map(
     the paths, "small" of each first stage's model continued at its own rate. Where `runs` has such a small model
     already, it is not trained again. Columns: kind, path, steps, seed, horizon (the budget of scratch), share (of the
     reference's FLOPs at that horizon that is spent when the last growth comes), slope (`slope_at_growth`), saving
-    (percent; minus infinity where the loss is never reached), small_saving (of the first stage's model continued).
+    (percent; minus infinity where the loss is never reached), at_least (it may have saved more: the path was better at
+    its smallest budget already), small_saving (of the first stage's model continued).
     """
     trained = runs.points[runs.points.line == "small"][["layers", "width"]].head(1)
     small = {tuple(size): Line("small", (tuple(size),), (1.0,)) for size in trained.itertuples(index=False)}
@@ -54,7 +56,7 @@ def run_map(
                 row = {"kind": kind, "path": _named(line.sizes), "steps": "+".join(map(str, line.steps)), "seed": seed}
                 row["slope"] = slope_at_growth(own)
                 row |= {"horizon": horizon, "share": own[own.phase == own.phase.max()].flops.min() / entry.reference}
-                rows.append(row | {"saving": entry.saving, "small_saving": other.saving})
+                rows.append(row | {"saving": entry.saving, "at_least": entry.at_most, "small_saving": other.saving})
     return pd.DataFrame(rows)
 
 
@@ -75,12 +77,27 @@ def slope_at_growth(points: pd.DataFrame) -> float:
     return float(known[-1]) if len(known) else math.nan
 
 
-def by_horizon(ends: pd.DataFrame) -> pd.DataFrame:
-    """Return the savings in FLOPs of all lines against scratch at each of its budgets: `savings` and horizon."""
-    horizons = sorted(ends[ends.line == "scratch"].budget.unique())
-    tables = [savings(ends, horizon=horizon).assign(horizon=horizon) for horizon in horizons]
-    table = pd.concat(tables, ignore_index=True)
-    return table[table.axis == "flops"].drop(columns="axis")
+def by_horizon(ends: pd.DataFrame, count: int = 17) -> pd.DataFrame:
+    """Return the FLOPs that every line saves against scratch, by what scratch was given: `count` amounts, evenly apart
+    on a logarithmic scale from its smallest to its largest budget.
+
+    Scratch's loss is interpolated between its end points, under each seed. Columns: line, seed, horizon (FLOPs of
+    scratch), loss, saving (percent; minus infinity where the loss is never reached), at_least (it may have saved more:
+    the line was better at its smallest budget already).
+    """
+    scratch = ends[ends.line == "scratch"].sort_values("budget")
+    horizons = np.geomspace(scratch.groupby("seed").flops.min().max(), scratch.groupby("seed").flops.max().min(), count)
+    rows = []
+    for (name, seed), own in ends[ends.line != "scratch"].groupby(["line", "seed"], sort=False):
+        of_seed = scratch[scratch.seed == seed]
+        curve = staged.Curve(of_seed.flops.tolist(), of_seed.test_loss.tolist())
+        best_small = own.sort_values("budget").test_loss.iloc[0]
+        for horizon in horizons:
+            loss = curve.loss_at(min(max(horizon, float(curve.x[0])), float(curve.x[-1])))
+            saving = 100 * (1 - compute_to_loss(own, loss) / horizon)
+            row = {"line": name, "seed": seed, "horizon": horizon, "loss": loss, "saving": saving}
+            rows.append(row | {"at_least": bool(best_small < loss)})
+    return pd.DataFrame(rows)
 
 
 def run_peers(

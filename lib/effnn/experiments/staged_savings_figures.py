@@ -95,26 +95,31 @@ def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
     return fig
 
 
-def draw_horizons(table: pd.DataFrame, published: float, label: str) -> Figure:
+def draw_horizons(table: pd.DataFrame, published: float, label: str, marked: float | None = None) -> Figure:
     """Saving of each line against scratch, over the compute that scratch was given; bands: 95 % over seeds.
 
-    table: as `staged_map.by_horizon` makes it. Growing pays where staged lies above 0 and above the small model; a line
-    that does not reach the loss under some seed ends there.
+    table: as `staged_map.by_horizon` makes it. Growing pays where staged lies above 0 and above the small model. A line
+    is drawn where its saving is known under every seed: it reaches the loss, and was not better at its smallest budget
+    already. marked: the horizon of the claim.
     """
     fig, ax = new_figure(width=8.0)
     for name in [name for name in LABELS if name in set(table.line)]:
-        groups = table[table.line == name].groupby("horizon")
-        reached = groups.saving.agg(lambda saving: bool(np.isfinite(saving).all()))
-        groups = [(x, rows.saving) for x, rows in groups if reached[x]]
-        if not groups:
-            continue
-        spans = [interval(saving.tolist()) or (saving.mean(),) * 2 for _, saving in groups]
-        look = {"color": _COLORS[name], "linestyle": _STYLES[name], "marker": "o", "label": LABELS[name]}
-        low, high = zip(*spans, strict=True)
-        band(ax, [x for x, _ in groups], [saving.mean() for _, saving in groups], low, high, **look)
+        known = [
+            (x, rows.saving.tolist())
+            for x, rows in table[table.line == name].groupby("horizon")
+            if np.isfinite(rows.saving).all() and not rows.at_least.any()
+        ]
+        if known:
+            spans = [interval(saving) or (np.mean(saving),) * 2 for _, saving in known]
+            look = {"color": _COLORS[name], "linestyle": _STYLES[name], "marker": "", "label": LABELS[name]}
+            band(ax, [x for x, _ in known], [np.mean(saving) for _, saving in known], *zip(*spans, strict=True), **look)
     ax.axhline(0, color="0.35", lw=1.2)
-    ax.text(0.01, 0, "from scratch", transform=ax.get_yaxis_transform(), va="bottom", fontsize=11, color="0.3")
-    draw_published(ax, [table.horizon.max() * 1.04], [published], label)
+    ax.text(
+        0.99, 0, "from scratch", transform=ax.get_yaxis_transform(), va="bottom", ha="right", fontsize=11, color="0.3"
+    )
+    if marked is not None:
+        ax.axvline(marked, color="0.35", lw=1.2, ls=":", label="compared in the claim")
+    draw_published(ax, [1.0], [published], label, transform=ax.get_yaxis_transform(), clip_on=False)
     ax.set(xlabel="FLOPs of scratch (without embeddings)", ylabel="FLOPs saved to equal loss, percent")
     ax.set_title("Growing against continuing, by the length of training")
     _plain_log(ax)
@@ -125,11 +130,12 @@ def draw_horizons(table: pd.DataFrame, published: float, label: str) -> Figure:
 def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
     """Saving against the growth point, one panel a horizon: when growing pays, and when not.
 
-    table: as `staged_map.run_map` makes it. Large: mean over seeds, filled where growing also beats the small model of
-    its path continued, hollow where that is cheaper; small: each seed. A path that never reaches the loss stands at the
-    lower edge.
+    table: as `staged_map.run_map` makes it; horizons at which fewer than half of the savings are known are left out.
+    Large: mean over seeds, filled where growing also beats the small model of its path continued, hollow where that is
+    cheaper; small: each seed. A path that never reaches the loss stands at the lower edge.
     """
-    horizons = sorted(table.horizon.unique())
+    known = (np.isfinite(table.saving) & ~table.at_least).groupby(table.horizon).mean()
+    horizons = sorted(known.index[known >= 0.5])
     fig, axes = new_figure(len(horizons), width=4.6, squeeze=False, sharey=True)
     worst = min(table.saving[np.isfinite(table.saving)].min(), 0) - 6
     table = table.assign(saving=table.saving.clip(lower=worst), small_saving=table.small_saving.clip(lower=worst))
@@ -149,8 +155,8 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
         ax.set_title(f"scratch: {horizon / 10.0**power:.2g}$\\cdot 10^{{{power}}}$ FLOPs")
         ax.set_xlabel("compute when growing / scratch's")
     axes[0][0].plot([], [], color="0.35", ls="none", marker="o", ms=9, mfc="white", mew=2, label="small one cheaper")
-    draw_published(axes[0][-1], [table.share.max()], [published], label)
-    axes[0][-1].set_xlim(right=table.share.max() * 1.12)
+    last = axes[0][-1]  # at the edge: the published models' own scale is another one
+    draw_published(last, [1.0], [published], label, transform=last.get_yaxis_transform(), clip_on=False)
     axes[0][0].set_ylabel("FLOPs saved, percent")
     legend_outside(fig, "below")
     return fig
@@ -181,7 +187,7 @@ def _plain_log(ax) -> None:
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     power = math.floor(math.log10(high))
-    ticks = [m * 10.0**p for p in (power - 1, power) for m in (1, 1.5, 2, 3, 4, 6, 8)]
+    ticks = [m * 10.0**p for p in (power - 1, power) for m in (1, 1.2, 1.5, 2, 3, 4, 6, 8)]
     ax.set_xticks([tick for tick in ticks if low <= tick <= high])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 10.0**power:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
