@@ -174,11 +174,13 @@ def draw_peers(table: pd.DataFrame) -> Figure:
     right.barh(place, table.saving.where(reached, 0), color=colors)
     for y, row, ok in zip(place, table.itertuples(), reached, strict=True):
         if ok:
-            right.plot([row.saving_low, row.saving_high], [y, y], color="0.25", marker="|", ms=9)
+            right.plot([row.saving_low, row.saving_high], [y, y], color="0.25", ls="-", marker="|", ms=9)
         else:
             right.annotate("loss not reached", (0, y), xytext=(6, 0), textcoords="offset points", va="center")
     right.axvline(0, color="0.35", lw=1.2)
-    right.set(xlabel="FLOPs saved against scratch, percent", title="To equal loss (bars: least and most of the seeds)")
+    right.set(
+        xlabel="FLOPs saved against scratch, percent", title="To equal loss (whiskers: least and most of the seeds)"
+    )
     return fig
 
 
