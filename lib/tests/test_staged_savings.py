@@ -314,6 +314,16 @@ def test_the_slope_ratio_is_the_speed_of_the_grown_model(speed):
     assert ratios.ratio.item() == pytest.approx(speed, rel=0.05)
 
 
+def test_the_ratio_starts_at_the_small_models_loss_however_rare_the_evaluations():
+    steps = np.arange(10, 1010, 10)
+    scratch = walk("scratch", np.zeros(100, int), steps, law(steps))
+    small = walk("staged", np.zeros(1, int), np.array([300]), law(np.array([200.0])))
+    after = np.arange(0, 600, 100)  # the first evaluation is already far below
+    grown = walk("staged", np.ones(6, int), 300 + after, law(200.0 + after))
+    row = staged_savings.slope_ratios(pd.concat([scratch, small, grown]), steps=300).iloc[0]
+    assert row.upper == pytest.approx(float(law(np.array([200.0]))[0])) and row.ratio == pytest.approx(1.0, rel=0.02)
+
+
 def test_the_bump_after_growth_counts_in_the_ratio_from_growth():
     steps = np.arange(10, 1010, 10)
     scratch = walk("scratch", np.zeros(100, int), steps, law(steps))
@@ -433,6 +443,12 @@ def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
     )
     drawn = [line for line in figure.axes[-1].lines if line.get_label() == "published: talk"]
     assert drawn[0].get_ydata() == [20.0] and len(figure.axes) == 2
+    reached = table.assign(saving=8.0, at_least=False)
+    missed = staged_savings_figures.draw_map(
+        pd.concat([reached, reached.assign(saving=-math.inf), reached]), 20.0, "talk"
+    )
+    means = [line.get_ydata() for line in missed.axes[0].lines if line.get_markersize() == 9 and len(line.get_ydata())]
+    assert means and all(value == -6.0 for values in means for value in values)  # neither 8 nor in between
     mostly_bounds = table.assign(saving=5.0, at_least=[True, True, True, False])
     assert len(staged_savings_figures.draw_map(mostly_bounds, 20.0, "talk").axes) == 1
 

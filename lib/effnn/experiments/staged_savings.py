@@ -112,13 +112,13 @@ def pays(
 def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch: str = "scratch") -> pd.DataFrame:
     """Return, by seed, the grown model's fall of the loss over that of the same size from scratch, at equal loss.
 
-    points: at a constant rate. Looks at the grown model from where it is back at the small model's last loss (re-warm
-    and bump are over) for `steps` steps, or as far as both reach, and at the model from scratch between the same two
-    losses. Each slope is that of a line through all evaluations in its window, since single ones are noisy. Columns:
-    seed, upper and lower (those losses), recovery (steps until it was back), grown_slope, scratch_slope (nats a token
-    and step), after_recovery (grown over scratch), and ratio: the same from the growth point on, bump and re-warm
-    included, which is the steps that scratch takes from `upper` to `lower` over the grown model's; 1 is the same
-    dynamics, more is faster. Raises InvalidInput where a window holds fewer than two evaluations.
+    points: at a constant rate. ratio counts from the growth point, bump and re-warm included: the steps that the model
+    from scratch takes from the small model's last loss (`upper`) to a lower one (`lower`), over those that the grown
+    model takes; 1 is the same dynamics, more is faster. after_recovery leaves the bump out: from where the grown model
+    is back at `upper` (`recovery` steps after growth, at the earliest its first evaluation), lines are fitted through
+    all evaluations of both between the same two losses, since single ones are noisy, and their slopes divided
+    (grown_slope over scratch_slope, nats a token and step). lower is what the grown model has `steps` steps after its
+    recovery, or as far as both reach. Raises InvalidInput where a window holds fewer than two evaluations.
     """
     rows = []
     for seed, of_seed in points.groupby("seed"):
@@ -135,9 +135,9 @@ def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch
         lower = max(curve.loss_at(min(recovery + steps, float(curve.x[-1]))), math.exp(float(reference.log_loss[-1])))
         own_slope = _slope(curve, recovery, curve.x_at(lower))
         its_slope = _slope(reference, reference.x_at(back), reference.x_at(lower))
-        row = {"seed": seed, "upper": back, "lower": lower, "recovery": recovery}
+        row = {"seed": seed, "upper": upper, "lower": lower, "recovery": recovery}
         row |= {"grown_slope": own_slope, "scratch_slope": its_slope, "after_recovery": own_slope / its_slope}
-        rows.append(row | {"ratio": (reference.x_at(lower) - reference.x_at(back)) / curve.x_at(lower)})
+        rows.append(row | {"ratio": (reference.x_at(lower) - reference.x_at(upper)) / curve.x_at(lower)})
     return pd.DataFrame(rows)
 
 

@@ -132,24 +132,26 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
 
     table: as `staged_map.run_map` makes it; horizons at which fewer than half of the savings are known are left out.
     Large: mean over seeds, filled where growing also beats the small model of its path continued, hollow where that is
-    cheaper; small: each seed. A path that never reaches the loss stands at the lower edge.
+    cheaper; small: each seed. A path that misses the loss under some seed stands at the lower edge, as that seed does.
     """
     known = (np.isfinite(table.saving) & ~table.at_least).groupby(table.horizon).mean()
     horizons = sorted(known.index[known >= 0.5])
     fig, axes = new_figure(len(horizons), width=4.6, squeeze=False, sharey=True)
     worst = min(table.saving[np.isfinite(table.saving)].min(), 0) - 6
-    table = table.assign(saving=table.saving.clip(lower=worst), small_saving=table.small_saving.clip(lower=worst))
     for ax, horizon in zip(axes[0], horizons, strict=True):
         here = table[table.horizon == horizon]
         for (kind, rows), color, style in zip(here.groupby("kind", sort=False), PALETTE, LINE_STYLES * 3, strict=False):
             means = rows.groupby(["path", "steps"])[["share", "saving", "small_saving"]].mean().sort_values("share")
+            beaten = (means.saving > means.small_saving) | np.isinf(means.small_saving)
+            # after the mean: one seed that never gets there decides it
+            means["saving"] = means.saving.clip(lower=worst)
             for _, path in means.groupby(level="path"):
                 ax.plot(path.share, path.saving, color=color, ls=style, marker="")
-            for filled, part in means.groupby(means.saving > means.small_saving):
+            for filled, part in means.groupby(beaten):
                 fill = color if filled else "white"
                 ax.plot(part.share, part.saving, color=color, ls="none", marker="o", ms=9, mfc=fill, mew=2)
             ax.plot([], [], color=color, ls=style, marker="o", label=kind)
-            ax.plot(rows.share, rows.saving, color=color, ls="none", marker=".", ms=5, alpha=0.6)
+            ax.plot(rows.share, rows.saving.clip(lower=worst), color=color, ls="none", marker=".", ms=5, alpha=0.6)
         ax.axhline(0, color="0.35", lw=1.2)
         power = math.floor(math.log10(horizon))
         ax.set_title(f"scratch: {horizon / 10.0**power:.2g}$\\cdot 10^{{{power}}}$ FLOPs")
