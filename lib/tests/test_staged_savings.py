@@ -449,6 +449,7 @@ def test_the_map_holds_every_path_with_its_small_model(setting, monkeypatch):
     )
     means = [line.get_ydata() for line in missed.axes[0].lines if line.get_markersize() == 9 and len(line.get_ydata())]
     assert means and all(value == -6.0 for values in means for value in values)  # neither 8 nor in between
+    assert "loss missed under a seed" in [line.get_label() for line in missed.axes[0].lines]
     mostly_bounds = table.assign(saving=5.0, at_least=[True, True, True, False])
     assert len(staged_savings_figures.draw_map(mostly_bounds, 20.0, "talk").axes) == 1
 

@@ -132,7 +132,7 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
 
     table: as `staged_map.run_map` makes it; horizons at which fewer than half of the savings are known are left out.
     Large: mean over seeds, filled where growing also beats the small model of its path continued, hollow where that is
-    cheaper; small: each seed. A path that misses the loss under some seed stands at the lower edge, as that seed does.
+    cheaper; small: each seed. A path that misses the loss under some seed has no mean: a cross at the lower edge.
     """
     known = (np.isfinite(table.saving) & ~table.at_least).groupby(table.horizon).mean()
     horizons = sorted(known.index[known >= 0.5])
@@ -143,11 +143,11 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
         for (kind, rows), color, style in zip(here.groupby("kind", sort=False), PALETTE, LINE_STYLES * 3, strict=False):
             means = rows.groupby(["path", "steps"])[["share", "saving", "small_saving"]].mean().sort_values("share")
             beaten = (means.saving > means.small_saving) | np.isinf(means.small_saving)
-            # after the mean: one seed that never gets there decides it
-            means["saving"] = means.saving.clip(lower=worst)
             for _, path in means.groupby(level="path"):
-                ax.plot(path.share, path.saving, color=color, ls=style, marker="")
-            for filled, part in means.groupby(beaten):
+                ax.plot(path.share, path.saving.where(np.isfinite(path.saving)), color=color, ls=style, marker="")
+            missed = means[np.isinf(means.saving)]
+            ax.plot(missed.share, [worst] * len(missed), color=color, ls="none", marker="X", ms=9)
+            for filled, part in means[np.isfinite(means.saving)].groupby(beaten):
                 fill = color if filled else "white"
                 ax.plot(part.share, part.saving, color=color, ls="none", marker="o", ms=9, mfc=fill, mew=2)
             ax.plot([], [], color=color, ls=style, marker="o", label=kind)
@@ -157,6 +157,8 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
         ax.set_title(f"scratch: {horizon / 10.0**power:.2g}$\\cdot 10^{{{power}}}$ FLOPs")
         ax.set_xlabel("compute when growing / scratch's")
     axes[0][0].plot([], [], color="0.35", ls="none", marker="o", ms=9, mfc="white", mew=2, label="small one cheaper")
+    if np.isinf(table.saving[table.horizon.isin(horizons)]).any():
+        axes[0][0].plot([], [], color="0.35", ls="none", marker="X", ms=9, label="loss missed under a seed")
     last = axes[0][-1]  # at the edge: the published models' own scale is another one
     draw_published(last, [1.0], [published], label, transform=last.get_yaxis_transform(), clip_on=False)
     axes[0][0].set_ylabel("FLOPs saved, percent")
