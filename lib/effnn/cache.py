@@ -1,48 +1,52 @@
 """The cache of slow steps: a trained checkpoint, a tokenized corpus, a long curve.
 
 joblib does the hashing of keys and the (compressed, hence check-summed) storing; this file adds what joblib's own
-Memory lacks: the code version in the key, atomic writes, and a damaged entry that is made again instead of read.
+Memory lacks: the version of all code that a value comes from in the key, atomic writes, and a damaged entry that is
+made again instead of read.
 """
 
-import hashlib
-import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import joblib
 
 from effnn import paths
 from effnn.base import atomic_path
+from effnn.base.imports import code_digest, files_behind
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Code = Iterable[ModuleType | Callable]
+LIBRARIES = ("torch", "transformers", "numpy")
+"""Whose versions are part of every key."""
+
 _STARTED = time.time()
 
 
-def remember(name: str, key: Mapping[str, object], compute: Callable[[], T], code: Code) -> T:
-    """Return the stored value of `compute()` for this `key` and this version of `code`, making it if there is none.
+def remember(name: str, key: Mapping[str, object], compute: Callable[[], T]) -> T:
+    """Return the stored value of `compute()` for this `key` and this version of its code, making it if there is none.
 
     name: folder under data/cache, e.g. "classifier". key: everything the value depends on (parameters, data
-    fingerprint, seeds). code: modules or functions whose source text enters the key, so that an edit is never served an
-    old value. The value must be something joblib can pickle; tensors and state dicts are.
+    fingerprint, seeds). The value must be something joblib can pickle; tensors and state dicts are.
 
-    A file of `code` that was edited after this process started may not be the code that runs here: the value is then
-    returned but not stored, with a warning.
+    The key is completed by the code that `compute` can reach: the module that it stands in and all of effnn that this
+    imports, directly or not (`effnn.base.imports`), and the versions of `LIBRARIES`. So `compute` is a function or a
+    lambda of a module; InvalidInput for one typed into a notebook.
+
+    Where a file of that code was edited after this process started, it may not be the code that runs here: the value is
+    then returned but not stored, with a warning.
     """
-    code = list(code)
-    path = entry(name, key, code)
+    path = entry(name, key, compute)
     if path.exists():
         try:
             return joblib.load(path)
         except Exception as error:
             log.warning("cache entry %s is damaged (%s: %s); making it again", path, type(error).__name__, error)
     value = compute()
-    edited = [file for file in map(_file, code) if file.exists() and file.stat().st_mtime > _STARTED]
+    edited = [file for file in files_behind(compute) if file.exists() and file.stat().st_mtime > _STARTED]
     if edited:
         names = ", ".join(sorted({file.name for file in edited}))
         log.warning("%s was edited while this process ran: the value is not cached; start Python again", names)
@@ -52,15 +56,8 @@ def remember(name: str, key: Mapping[str, object], compute: Callable[[], T], cod
     return value
 
 
-def entry(name: str, key: Mapping[str, object], code: Code) -> Path:
-    """Where the value of this key and this version of the code lies, or would lie."""
-    digest = joblib.hash({"key": dict(key), "code": [_source_hash(item) for item in code]})
+def entry(name: str, key: Mapping[str, object], function: Callable) -> Path:
+    """Where the value of this key, made by `function`, lies or would lie, with this version of its code."""
+    versions = {library: metadata.version(library) for library in LIBRARIES}
+    digest = joblib.hash({"key": dict(key), "code": code_digest(function), "libraries": versions})
     return paths.CACHE / name / f"{digest}.joblib"
-
-
-def _source_hash(item: ModuleType | Callable) -> str:
-    return hashlib.sha256(inspect.getsource(item).encode()).hexdigest()
-
-
-def _file(item: ModuleType | Callable) -> Path:
-    return Path(inspect.getsourcefile(item) or "")

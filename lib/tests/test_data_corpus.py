@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from effnn import cache, paths
-from effnn.base import EffnnError, InvalidInput, NotAvailable
+from effnn import paths
+from effnn.base import EffnnError, InvalidInput, NotAvailable, imports
 from effnn.data import __main__ as cli
 from effnn.data import (
     corpus,
@@ -553,8 +553,10 @@ def test_an_edit_of_what_decides_the_ids_gives_another_entry(tmp_path, monkeypat
     _made(file)
     for module in (corpus, corpus_documents, corpus_files, text_rows, text_task, token_files, tokens):
         with monkeypatch.context() as patched:
-            source = cache._source_hash
-            patched.setattr(cache, "_source_hash", lambda item, m=module, s=source: "new" if item is m else s(item))
+            digest, edited = imports._digest, Path(module.__file__)
+            patched.setattr(
+                imports, "_digest", lambda path, *of, e=edited, d=digest: "new" if path == e else d(path, *of)
+            )
             _characters(file, vocab_size=300)
     assert len(list((paths.CACHE / "corpus").iterdir())) == 8
 

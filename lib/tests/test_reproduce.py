@@ -440,7 +440,7 @@ def test_the_reports_are_rebuilt_and_their_failure_counts(home, monkeypatch):
 
 
 def test_library_files_are_followed_through_imports(tmp_path, monkeypatch):
-    from effnn.runner import inputs
+    from effnn.base import imports
 
     for name, text in {
         "__init__.py": "",
@@ -456,8 +456,8 @@ def test_library_files_are_followed_through_imports(tmp_path, monkeypatch):
         path = tmp_path / "effnn" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(inputs, "PACKAGE", tmp_path / "effnn")
-    found = inputs.library_files(["%matplotlib inline\nfrom effnn import a", "!ls\nx = 1"])
+    monkeypatch.setattr(imports, "PACKAGE", tmp_path / "effnn")
+    found = imports.library_files(["from effnn import a", "x = 1", "no python at all"])
     names = [path.relative_to(tmp_path / "effnn").as_posix() for path in found]
     assert names == ["__init__.py", "a/__init__.py", "a/look.mplstyle", "a/one.py", "a/three.py", "a/two.py", "b.py"]
 

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,12 +26,9 @@ from effnn import cache
 from effnn.base import InvalidInput
 from effnn.data import (
     corpus_docstrings,
-    corpus_documents,
     corpus_files,
     corpus_hub,
     corpus_lambada,
-    text_rows,
-    text_task,
     token_files,
     tokens,
 )
@@ -47,9 +43,6 @@ log = logging.getLogger(__name__)
 NAMES = ("docstrings", "text", *corpus_hub.PLACES)
 # A vocabulary gets no better by counting more; this bounds time and memory of training on a large corpus.
 TRAINING_BATCHES = 100  # of about a megabyte
-_DOCSTRINGS_CODE = [corpus_docstrings, text_task]
-_READERS = [corpus_documents, corpus_files, corpus_hub, corpus_lambada, text_rows, text_task]
-_CODE = [sys.modules[__name__], *_READERS, token_files, tokens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +111,7 @@ def load(
         "tokenizers": importlib.metadata.version("tokenizers"),
         "limit": limit_tokens,
     }
-    folder = cache.entry("corpus", key, _CODE).with_suffix("")
+    folder = cache.entry("corpus", key, load).with_suffix("")
     corpus = _read(folder, documents, coder)
     if corpus is None:
         made = coder or _train(documents, str(tokenizer), size)
@@ -166,7 +159,6 @@ def _docstrings() -> Documents:
         "corpus_docstrings",
         {"folders": str(folders), **corpus_docstrings.versions()},
         lambda: corpus_docstrings.collect(folders),
-        code=_DOCSTRINGS_CODE,
     )
     return Documents(
         "docstrings",

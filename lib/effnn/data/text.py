@@ -16,7 +16,7 @@ from transformers import BertTokenizerFast
 
 from effnn import cache
 from effnn.base import InvalidInput
-from effnn.data import baseline, docstrings, glue, hub, text_task, wordpiece
+from effnn.data import baseline, docstrings, glue, hub, wordpiece
 from effnn.data.baseline import BagOfWords
 from effnn.data.encoding import EncodedSplit, EncodedTask, calibration_loader, encode, encode_split, loader
 from effnn.data.squad import SquadExample, SquadTask, load_squad, squad_features
@@ -62,7 +62,7 @@ def load(task: str = "docstrings", source: str | Path = "builtin", seed: int = 0
         if str(source) != "builtin":
             raise InvalidInput(f"the docstring task is built in: its source is 'builtin', not {str(source)!r}")
         key = {"python": platform.python_version(), "folders": str(docstrings.locate()), **_package_versions()}
-        return cache.remember("docstrings", key, docstrings.load, code=[docstrings, text_task])
+        return cache.remember("docstrings", key, docstrings.load)
     if str(source) == "builtin":
         raise InvalidInput(
             f"{task} is not built in (docstrings is): its source is 'hub' or the folder of its published TSV files"
@@ -81,7 +81,6 @@ def tokenizer_for(task: TextTask, vocab_size: int = 4096, lowercase: bool = True
             "tokenizers": importlib.metadata.version("tokenizers"),
         },
         lambda: wordpiece.train_vocabulary(task.train.texts + (task.train.texts_b or []), vocab_size, lowercase),
-        code=[wordpiece],
     )
     return wordpiece.from_vocabulary(vocabulary, lowercase)
 
@@ -92,7 +91,6 @@ def bag_of_words(task: TextTask) -> BagOfWords:
         "bag_of_words",
         {"data": task.fingerprint, "scikit-learn": importlib.metadata.version("scikit-learn")},
         lambda: baseline.bag_of_words(task),
-        code=[baseline],
     )
 
 

@@ -6,7 +6,6 @@ on one core. A finished model is cached; an unfinished one goes on from its last
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,9 @@ from transformers import (
 
 from effnn import cache
 from effnn.base import InvalidInput, NotAvailable, atomic_path, threads
-from effnn.data import encoding
 from effnn.data.encoding import EncodedTask, encode, encode_split, loader
 from effnn.data.text import fingerprint, tokenizer_for
 from effnn.data.text_task import TextTask
-from effnn.experiments import training
 from effnn.experiments.pool import cores, run_jobs
 from effnn.experiments.training import EVALUATION_BATCH, Accuracy, Progress, Recipe, evaluate, fit
 
@@ -132,9 +129,9 @@ def train_classifier(task: TextTask, config: ClassifierConfig | None = None, dev
     if config.checkpoint:
         return _load_checkpoint(task, config, device)
     tokenizer = _tokenizer(task, config)
-    key, code = _key(task, config, tokenizer, device)
-    partial = cache.entry("classifier", key, code).with_suffix(".partial.pt")
-    value = cache.remember("classifier", key, lambda: _train(task, config, tokenizer, device, partial), code)
+    key = _key(task, config, tokenizer, device)
+    partial = cache.entry("classifier", key, _train).with_suffix(".partial.pt")
+    value = cache.remember("classifier", key, lambda: _train(task, config, tokenizer, device, partial))
     model = build_model(task, config, tokenizer)
     model.load_state_dict(value["state"])
     curve = tuple(accuracy.accuracy for accuracy in value["curve"])
@@ -228,17 +225,16 @@ def _tokenizer(task: TextTask, config: ClassifierConfig) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def _key(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str) -> tuple:
-    """What a training depends on, and the code that does it: how `effnn.cache` knows it."""
-    key = {
+def _key(
+    task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str
+) -> dict[str, object]:
+    """What a training depends on besides its code."""
+    return {
         "data": task.fingerprint,
         "tokenizer": fingerprint(tokenizer),
         "config": dataclasses.asdict(config),
         "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
-    return key, [sys.modules[__name__], training, encoding]
 
 
 def _train(task: TextTask, config: ClassifierConfig, tokenizer: PreTrainedTokenizerBase, device: str, partial: Path):
@@ -291,8 +287,8 @@ def _read(path: Path) -> Progress | None:
 
 
 def _is_cached(task: TextTask, config: ClassifierConfig) -> bool:
-    key, code = _key(task, config, _tokenizer(task, config), "cpu")
-    return bool(config.checkpoint) or cache.entry("classifier", key, code).exists()
+    key = _key(task, config, _tokenizer(task, config), "cpu")
+    return bool(config.checkpoint) or cache.entry("classifier", key, _train).exists()
 
 
 def _train_and_cache(task: TextTask, config: ClassifierConfig) -> None:

@@ -8,7 +8,6 @@ both sides; the dev split is read once for each row that is reported.
 
 import copy
 import dataclasses
-import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,17 +16,15 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from torch import nn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from effnn import cache, ltp
 from effnn.base import InvalidInput, Timing, interleave, threads
-from effnn.data import encoding, text, text_task
+from effnn.data import text
 from effnn.data.encoding import EncodedSplit, EncodedTask, encode, encode_split, loader
 from effnn.data.text import calibration_loader, fingerprint
 from effnn.data.text_task import TextTask
-from effnn.experiments import classifier, training
 from effnn.experiments.classifier import ClassifierConfig, TrainedClassifier, evaluate, fine_tune, train_classifier
 from effnn.experiments.pool import run_jobs
 from effnn.experiments.training import EVALUATION_BATCH
@@ -166,7 +163,7 @@ def prune_checkpoint(
         return Pruned(result.stages, result.report.to_dict())
 
     key = _key(task, trained, sweep) | {"budget": budget, "seed": seed, "options": options}
-    return cache.remember("pruned", key, compute, _code())
+    return cache.remember("pruned", key, compute)
 
 
 def chosen(
@@ -186,7 +183,7 @@ def _one(task: TextTask, config: ClassifierConfig, budget: float, seed: int, swe
     """All rows of one checkpoint, budget and calibration seed; cached."""
     trained = _trained(task, config, sweep)
     key = _key(task, trained, sweep) | {"budget": budget, "seed": seed, "sweep": dataclasses.asdict(sweep)}
-    return cache.remember("sweep", key, lambda: _compute_one(task, trained, budget, seed, sweep), _code())
+    return cache.remember("sweep", key, lambda: _compute_one(task, trained, budget, seed, sweep))
 
 
 def _compute_one(task: TextTask, trained: TrainedClassifier, budget: float, seed: int, sweep: Sweep) -> list[dict]:
@@ -502,14 +499,7 @@ def _key(task: TextTask, trained: TrainedClassifier, sweep: Sweep) -> dict[str, 
         "calibration": (sweep.rows, sweep.batch),
         "threads": sweep.threads,
         "device": sweep.device,
-        "versions": (torch.__version__, transformers.__version__),
     }
-
-
-def _code() -> list:
-    """Everything of ours that a pruning, its evaluation and the retraining go through."""
-    own = [sys.modules[__name__], classifier, training, encoding, text_task]
-    return own + [module for name, module in sorted(sys.modules.items()) if name.startswith("effnn.ltp.")]
 
 
 def _trained(task: TextTask, config: ClassifierConfig, sweep: Sweep) -> TrainedClassifier:

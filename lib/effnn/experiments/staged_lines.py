@@ -8,19 +8,17 @@ reported is the test split's.
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import joblib
 import pandas as pd
 import torch
 from transformers import GPT2Config
 
-from effnn import cache, paths, staged
+from effnn import cache, staged
 from effnn.base import InvalidInput
 from effnn.data import corpus
 from effnn.experiments import pool, staged_peers, staged_zero_shot
@@ -30,12 +28,6 @@ DECAY_SHARE = 0.2
 """Of a budget, spent while the rate falls linearly to zero."""
 
 _FOREVER = 10**9
-_TRAINING = (
-    "batches", "begin", "depth", "flops", "grow", "learning_rate", "names", "optimizer", "record", "sizes", "state",
-    "step", "train", "width",
-)  # fmt: skip
-# by name: `effnn.staged` has functions called grow and train
-_CODE = [importlib.import_module(f"effnn.staged.{name}") for name in _TRAINING] + [staged_peers, staged_zero_shot]
 
 
 @dataclass(frozen=True)
@@ -171,9 +163,8 @@ def run_lines(
 
 def _remembered(line: Line, budgets: tuple[float, ...], setting: Setting, seed: int, data: str) -> Outcome:
     key = {"line": dataclasses.asdict(line), "budgets": budgets, "setting": dataclasses.asdict(setting)}
-    key |= {"seed": seed, "data": data, "torch": torch.__version__}
-    code = [*_CODE, run_line, _follow, _ends, _windows]
-    return cache.remember("staged_lines", key, lambda: run_line(line, budgets, setting, seed), code)
+    key |= {"seed": seed, "data": data}
+    return cache.remember("staged_lines", key, lambda: run_line(line, budgets, setting, seed))
 
 
 def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) -> Outcome:
@@ -200,7 +191,7 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
         precision=setting.precision,
         checkpoint_every=setting.checkpoint_every or None,
     )
-    folders = _folders(line, setting, seed)
+    folders = _folders(line, setting, seed, text.fingerprint)
 
     def go_on(start: object, stage: staged.Stage, recipe: staged.Recipe = recipe) -> staged.TrainState:
         return staged.train(
@@ -238,11 +229,12 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
     return Outcome(pd.DataFrame(rows), points)
 
 
-def _folders(line: Line, setting: Setting, seed: int) -> Iterator[Path | None]:
+def _folders(line: Line, setting: Setting, seed: int, data: str) -> Iterator[Path | None]:
     """A folder for the checkpoints of each part of a run, in the order of training; None where none are kept."""
-    key = joblib.hash((dataclasses.asdict(line), dataclasses.asdict(setting), seed))
+    key = {"line": dataclasses.asdict(line), "setting": dataclasses.asdict(setting), "seed": seed, "data": data}
+    folder = cache.entry("staged_runs", key, run_line).with_suffix("")
     for part in itertools.count():
-        yield paths.CACHE / "staged_runs" / key / str(part) if setting.checkpoint_every else None
+        yield folder / str(part) if setting.checkpoint_every else None
 
 
 def _windows(text: corpus.Corpus, split: str, setting: Setting) -> torch.Tensor:

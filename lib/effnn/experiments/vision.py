@@ -5,7 +5,6 @@ validation, with as many tries for the retraining as for the pruner; dev is read
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -21,7 +19,7 @@ from effnn import cache, ltp
 from effnn.base import InvalidInput, threads
 from effnn.data import digits
 from effnn.data.digits import Images, ImageTask
-from effnn.experiments import pruning, training
+from effnn.experiments import pruning
 from effnn.experiments.pool import run_jobs
 from effnn.experiments.pruning import PRUNER_TRIALS, RETRAIN_TRIALS, STAGES, Sweep
 from effnn.experiments.training import EVALUATION_BATCH, Accuracy, Recipe, evaluate, schedule
@@ -83,7 +81,7 @@ def train_vit(task: ImageTask, config: VisionConfig) -> TrainedVit:
             dev = _accuracy(model, task.dev)
         return {"state": model.state_dict(), "dev": dev, "seconds": seconds}
 
-    found = cache.remember("vision", _key(task, config), compute, _code())
+    found = cache.remember("vision", _key(task, config), compute)
     model = build_vit(config)
     model.load_state_dict(found["state"])
     return TrainedVit(model.eval(), config, found["dev"], found["seconds"])
@@ -138,7 +136,7 @@ def _one(config: VisionConfig, budgets: tuple[float, ...], seed: int, sweep: Swe
     rows = []
     for budget in budgets:
         key = _key(task, config) | {"budget": budget, "seed": seed, "sweep": dataclasses.asdict(sweep)}
-        rows += cache.remember("vision", key, lambda b=budget: _rows(task, trained, b, seed, sweep), _code())
+        rows += cache.remember("vision", key, lambda b=budget: _rows(task, trained, b, seed, sweep))
     return rows
 
 
@@ -209,10 +207,4 @@ def _accuracy(model: nn.Module, images: Images) -> Accuracy:
 
 
 def _key(task: ImageTask, config: VisionConfig) -> dict[str, object]:
-    versions = (torch.__version__, transformers.__version__)
-    return {"data": task.fingerprint, "config": dataclasses.asdict(config), "versions": versions}
-
-
-def _code() -> list:
-    own = [sys.modules[__name__], digits, pruning, training]
-    return own + [module for name, module in sorted(sys.modules.items()) if name.startswith("effnn.ltp.")]
+    return {"data": task.fingerprint, "config": dataclasses.asdict(config)}

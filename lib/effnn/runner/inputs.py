@@ -4,21 +4,19 @@ Inputs are hashed one by one, so that a rerun can say what changed. Marks lie un
 everything although results are committed, and a result that was changed or deleted since is made again.
 """
 
-import ast
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
-import effnn
 from effnn import paths
 from effnn.base import write_json
+from effnn.base.imports import PACKAGE, library_files
 
-PACKAGE = Path(effnn.__file__).parent
 LOCKS = ("requirements.lock", "requirements-ccl.lock")
 
 
@@ -36,28 +34,13 @@ def inputs_of(notebook: Path, parameters: Mapping[str, object], profile: str) ->
     files = [paths.HOME / name for name in LOCKS] + [paths.CLAIMS, *sorted(paths.PUBLISHED.glob("*.csv"))]
     if profile != "study":
         files += sorted(path for path in paths.results_of("study", notebook.stem).glob("*.*") if _is_result(path))
-    files += library_files(cell.source for cell in cells if cell.cell_type == "code")
+    code = (cell.source for cell in cells if cell.cell_type == "code")
+    files += library_files(TransformerManager().transform_cell(source) for source in code)  # without %magic and !shell
     inputs |= {_label(path): _hash_file(path) for path in files}
     inputs |= {
         f"data at {value}": _hash_folder(Path(value).expanduser()) for value in parameters.values() if _is_path(value)
     }
     return inputs
-
-
-def library_files(sources: Iterable[str]) -> list[Path]:
-    """Return the files of effnn that these pieces of code import, followed through effnn's own imports.
-
-    Files that are no Python code and lie beside an imported module (a style file) count too.
-    """
-    found: set[Path] = set()
-    waiting = [module for source in sources for module in _imports(TransformerManager().transform_cell(source), "")]
-    while waiting:
-        for path, module in _files_of(waiting.pop()):
-            if path not in found:
-                found.add(path)
-                waiting += _imports(path.read_text(encoding="utf-8"), module)
-                found.update(p for p in path.parent.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc", ".md"))
-    return sorted(found)
 
 
 def mark_path(profile: str, notebook: str) -> Path:
@@ -98,40 +81,6 @@ def _files_stand(results: Path) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return all(_hash_file(results.parent / name) == digest for name, digest in listed.items())
-
-
-def _imports(source: str, module: str) -> list[str]:
-    """Dotted names under effnn that `source` imports; `module` is the package that relative imports start from."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return []  # The run will show it.
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")[: len(module.split(".")) - node.level + 1]
-                base = ".".join(parents + ([node.module] if node.module else []))
-            names += [base] + [f"{base}.{alias.name}" for alias in node.names]
-    return [name for name in names if name.split(".")[0] == "effnn"]
-
-
-def _files_of(name: str) -> list[tuple[Path, str]]:
-    """Files that importing a dotted name reads, each with the package it belongs to; a plain attribute adds none."""
-    files, folder, package = [(PACKAGE / "__init__.py", "effnn")], PACKAGE, "effnn"
-    for part in name.split(".")[1:]:
-        if (folder / part / "__init__.py").is_file():
-            folder, package = folder / part, f"{package}.{part}"
-            files.append((folder / "__init__.py", package))
-        elif (folder / f"{part}.py").is_file():
-            files.append((folder / f"{part}.py", package))
-            break
-        else:
-            break
-    return files
 
 
 def _is_result(path: Path) -> bool:
