@@ -1,12 +1,15 @@
 """Notebook 06's tables and figures: the talk's table is read right, and the comparison marks what differs."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, NotAvailable
 from effnn.comm import matrix, network
 from effnn.comm.operations import OPERATIONS, SPARSE
 from effnn.experiments import backends, backends_figures
+from effnn.report import claims as report_claims
 
 # The slide: CPU and GPU of each backend; y yes, x no, ? depends.
 SLIDE = """
@@ -75,6 +78,41 @@ def test_only_native_sums_count_for_sparse_tensors():
     assert len(broken) == 6
 
 
+def test_the_claims_count_what_the_tables_show():
+    table = backends.compare(probe(broadcast="wrong result", gather="hang"))
+    sparse = backends.sparse_table(probe(**{"sparse all_reduce, int8": "error"}))
+    found = backends.claims(table, sparse)
+    assert set(found) | {"comm.oneccl"} == {claim.id for claim in report_claims.rows() if claim.id.startswith("comm.")}
+    assert found["comm.matrix"] == (2, "of 9 that could be probed: broadcast on gloo (cpu), gather on gloo (cpu)")
+    since = "of 2 that could be probed: reduce_scatter on gloo (cpu), all_to_all on gloo (cpu)"
+    assert found["comm.matrix_since"] == (2, since)
+    assert found["comm.sparse"] == (1, "natively: ccl")
+    assert found["comm.sparse_nccl"][0] is None and found["comm.sparse_nccl"][1].startswith("needs a GPU")
+    assert found["comm.oneccl_support"][0] == 11
+
+
+def test_what_oneccl_delegates_is_not_its_own():
+    kinds = {"send": "delegated", "recv": "delegated", "barrier": "composed"}
+    given = probe()
+    cells = [
+        dataclasses.replace(cell, how=kinds.get(cell.operation, "native")) if cell.backend == "ccl" else cell
+        for cell in given.cells
+        if (cell.backend, cell.device) != ("ccl", "cuda")
+    ]
+    table = backends.compare(dataclasses.replace(given, cells=tuple(cells)))
+    count, note = backends.claims(table, backends.sparse_table(given))["comm.oneccl_support"]
+    assert count == 9 and "1 composed (barrier)" in note and "2 delegated (send, recv)" in note
+    missing = table[table.backend != "ccl"]
+    assert backends.claims(missing, backends.sparse_table(given))["comm.oneccl_support"][0] is None
+
+
+def test_sparse_sums_on_nccl_count_where_a_probe_has_them():
+    given = probe()
+    cells = [matrix.Cell("nccl", "cuda", name, "error" if "int8" in name else "ok", "native") for name in SPARSE]
+    merged = dataclasses.replace(given, cells=(*given.cells, *cells))
+    assert backends.claims(backends.compare(given), backends.sparse_table(merged))["comm.sparse_nccl"][0] == 1
+
+
 def times():
     rows = [
         {"launch": launch, "backend": name, "bytes": size, "round": number, "ms": ms * (1 + number), "calls": 2}
@@ -115,6 +153,13 @@ def test_without_emulated_nodes_the_computed_figure_says_so(monkeypatch):
     monkeypatch.setattr(network, "unavailable", lambda: "user namespaces are not permitted")
     row = backends.emulated_all_reduce(200, 10_000_000)
     assert row["ms"] is None and row["why"].startswith("user namespaces")
+
+    def too_slow(self):
+        raise NotAvailable("the nodes did not exchange 1 bytes within 120 s")
+
+    monkeypatch.setattr(network, "unavailable", lambda: None)
+    monkeypatch.setattr(network.EmulatedNetwork, "__enter__", too_slow)
+    assert backends.emulated_all_reduce(200, 10_000_000)["why"].startswith("the nodes did not exchange")
     assert row["model_ms"] == pytest.approx(1e3 * 8e7 / (0.957 * 200e6), rel=0.01)
 
 

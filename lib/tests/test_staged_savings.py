@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from effnn import paths, report, staged
@@ -227,6 +229,9 @@ def test_savings_are_read_between_the_end_points():
     assert table.loc[("small", "flops")].spent == math.inf
     samples, note = staged_savings.claimed_savings(ends)
     assert samples == pytest.approx([20.0]) and "in 1 of 1" in note and "never gets there in 1" in note
+    assert "in seconds of steps timed in turn 20.0" in note
+    counted = staged_savings.claimed_savings(ends.drop(columns="seconds"))
+    assert counted[0] == samples and "seconds" not in counted[1]
 
 
 SCRATCH, STAGED = [(100.0, 2.0)], [(64.0, 2.5), (100.0, 1.6)]
@@ -287,6 +292,27 @@ def test_savings_over_the_horizon():
     drawn = {line.get_label(): line for line in figure.axes[0].lines}
     assert drawn["staged"].get_xdata() == pytest.approx([50 * 2**0.5, 50 * 2**0.75])
     assert drawn["published: talk"].get_ydata() == [20.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(clock=st.lists(st.floats(0.0, 1e4), min_size=6, max_size=6), order=st.permutations(range(6)))
+def test_seconds_that_are_out_of_order_are_fitted(clock, order):
+    ends = pd.concat(
+        [
+            frontier("scratch", 0, [(50.0, 3.0), (100.0, 2.0)]),
+            frontier("staged", 0, [(40.0, 2.9), (64.0, 2.5), (90.0, 1.8)]),
+            frontier("small", 0, [(100.0, 2.1)]),
+        ]
+    )
+    jittered = ends.assign(seconds=clock)
+    table = staged_savings.savings(jittered).set_index(["line", "axis"])
+    exact = staged_savings.savings(ends).set_index(["line", "axis"])
+    for axis in ("flops", "flops_full"):
+        assert table.loc[("staged", axis)].spent == exact.loc[("staged", axis)].spent
+    own = jittered[jittered.line == "staged"].seconds
+    assert own.min() <= table.loc[("staged", "seconds")].spent <= own.max()
+    assert staged_savings.claimed_savings(jittered)[0] == staged_savings.claimed_savings(ends)[0]
+    assert staged_savings.pays(jittered)[lambda t: t.axis == "flops"].pays.all()
 
 
 def test_a_line_already_better_at_its_smallest_budget_is_charged_all_of_it():

@@ -4,9 +4,10 @@ from effnn.base.atomic import atomic_path, write_json, write_text
 from effnn.base.errors import EffnnError, InvalidInput, NotAvailable
 from effnn.base.memory import PeakMemory, release_free_memory
 from effnn.base.seeds import seed_everything, threads
-from effnn.base.timer import Timing, interleave
+from effnn.base.timer import LEAST, Timing, interleave, load_average
 
 __all__ = [
+    "LEAST",
     "EffnnError",
     "InvalidInput",
     "NotAvailable",
@@ -14,6 +15,7 @@ __all__ = [
     "Timing",
     "atomic_path",
     "interleave",
+    "load_average",
     "release_free_memory",
     "seed_everything",
     "threads",

@@ -1,9 +1,11 @@
 """One timer: interleaved measurements, so that a machine whose speed drifts treats all variants alike.
 
 `interleave` runs A B A B ... after a warm-up; ratios are taken round by round, so they hold where absolute times do
-not.
+not. No reading is taken for ordered or exact: a clock that stood still counts as `LEAST` seconds, so that a ratio can
+always be taken.
 """
 
+import math
 import os
 import statistics
 import time
@@ -11,6 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+LEAST = 1e-9
+"""Seconds that a measured interval counts as at least."""
+
+
+def load_average() -> float:
+    """1-minute load average of this machine; NaN where the system knows none (Windows)."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,14 @@ def interleave(
     load: list[float] = []
     for round_index in range(warmup + rounds):
         if round_index >= warmup:
-            load.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"))
+            load.append(load_average())
         for name, run in variants.items():
             _synchronize(device)
             start = time.perf_counter()
             run()
             _synchronize(device)
             if round_index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(max(time.perf_counter() - start, LEAST))
     return {name: Timing(name, tuple(values), tuple(load)) for name, values in seconds.items()}
 
 

@@ -3,7 +3,6 @@
 The functions here run inside ranks (see `effnn.comm.launch`); they return plain dictionaries and lists.
 """
 
-import os
 import select
 import socket
 import time
@@ -12,9 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from effnn.base import LEAST, load_average
+
 SIZES = tuple(4096 * 4**step for step in range(8))
 """4 kB to 64 MB, in bytes."""
 
+MOST_CALLS = 10_000
+"""In a row, however short the clock says that one is."""
 
 _PIECE = 1 << 18
 
@@ -35,7 +38,7 @@ def all_reduce_rounds(
         tensor = torch.ones(size // 4)
         calls = {name: _calls(tensor, group, seconds) for name, group in groups.items()}
         for number in range(rounds):
-            load = os.getloadavg()[0]
+            load = load_average()
             for name, group in groups.items():
                 ms = 1e3 * _slowest(_seconds(tensor, group, calls[name])) / calls[name]
                 place = {"backend": name, "bytes": size, "round": number}
@@ -81,7 +84,7 @@ def loopback_exchange(nbytes: int = 1 << 26, rounds: int = 5) -> float:
         for _ in range(rounds + 1):
             started = time.perf_counter()
             _exchange(connection, nbytes)
-            times.append(time.perf_counter() - started)
+            times.append(max(time.perf_counter() - started, LEAST))
     return nbytes / min(times) / 1e9
 
 
@@ -105,7 +108,7 @@ def memory_copy(nbytes: int = 1 << 26, rounds: int = 7) -> float:
     for _ in range(rounds + 1):
         started = time.perf_counter()
         target.copy_(source)
-        times.append(time.perf_counter() - started)
+        times.append(max(time.perf_counter() - started, LEAST))
     return nbytes / min(times) / 1e9
 
 
@@ -125,7 +128,7 @@ def _group(name: str) -> dist.ProcessGroup:
 def _calls(tensor: torch.Tensor, group: dist.ProcessGroup, seconds: float) -> int:
     """How many calls last about `seconds`, the same on all ranks."""
     _seconds(tensor, group, 2)
-    return max(2, round(seconds / (_slowest(_seconds(tensor, group, 3)) / 3)))
+    return max(2, min(MOST_CALLS, round(seconds / (_slowest(_seconds(tensor, group, 3)) / 3))))
 
 
 def _seconds(tensor: torch.Tensor, group: dist.ProcessGroup, calls: int) -> float:
@@ -133,7 +136,7 @@ def _seconds(tensor: torch.Tensor, group: dist.ProcessGroup, calls: int) -> floa
     started = time.perf_counter()
     for _ in range(calls):
         dist.all_reduce(tensor, group=group)
-    return time.perf_counter() - started
+    return max(time.perf_counter() - started, LEAST)
 
 
 def _slowest(seconds: float) -> float:

@@ -6,12 +6,13 @@ tensors are summed by gloo alone and that oneCCL is the choice on a CPU.
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, NotAvailable
 from effnn.comm import available, launch, matrix, network, timing, unavailable
 from effnn.comm.link_model import Link, ring_ms
 from effnn.comm.operations import OPERATIONS, SPARSE
@@ -25,6 +26,9 @@ OURS = (("mpi4py", "cpu"), ("ccl", "cpu"))
 """Columns that the talk does not have."""
 
 TIMED = ("gloo", "ccl", "mpi4py")
+
+_PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
+"""Seconds that timed ranks may take: it must end what hangs, and not what a busy machine slows down."""
 
 _YES, _NO, _OPEN = "yes", "no", "?"
 
@@ -127,6 +131,45 @@ def sparse_backends(table: pd.DataFrame) -> list[str]:
     return sorted(counts[counts == 2].index)
 
 
+def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float | None, str]]:
+    """Return what the claims ask of the tables of `compare` and `sparse_table`: id -> (count, note).
+
+    A count is None where this machine cannot give it; the note then says what it needs.
+    """
+    answered = table[table.differs.notna()]
+    fails = answered[answered.talk.eq(_YES) & answered.differs.eq(True)]
+    since = answered[answered.talk.eq(_NO) & answered.differs.eq(True)]
+    ours = table[table.backend.eq("ccl")]
+    done = ours[ours.status.eq("ok")].groupby("how").operation.agg(list)
+    own = {how: done.get(how, []) for how in ("native", "composed", "delegated")}
+    summing = sparse_backends(sparse)
+    on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.str.startswith("sparse")]
+    found = {
+        "comm.matrix": (len(fails), f"of {int(answered.talk.eq(_YES).sum())} that could be probed{_listed(fails)}"),
+        "comm.matrix_since": (
+            len(since),
+            f"of {int(answered.talk.eq(_NO).sum())} that could be probed{_listed(since)}",
+        ),
+        "comm.sparse": (len([name for name in summing if name != "gloo"]), f"natively: {', '.join(summing) or 'none'}"),
+        "comm.sparse_nccl": (int(on_nccl.status.eq("ok").sum()), f"{len(on_nccl)} rows"),
+        "comm.oneccl_support": (
+            len(own["native"]) + len(own["composed"]),
+            "; ".join(f"{len(names)} {how} ({', '.join(names) or 'none'})" for how, names in own.items()),
+        ),
+    }
+    if on_nccl.empty:
+        needs = "needs a GPU: save a probe on a machine with one (effnn.comm.matrix) and name it as other_probe"
+        found["comm.sparse_nccl"] = (None, needs)
+    if not ours.status.isin(["ok", "wrong result", "error", "hang"]).any():
+        found["comm.oneccl_support"] = (None, "needs oneCCL (Linux on x86-64: make env)")
+    return found
+
+
+def _listed(cells: pd.DataFrame) -> str:
+    names = ", ".join(f"{row.operation} on {row.backend} ({row.device})" for row in cells.itertuples())
+    return f": {names}" if names else ""
+
+
 def time_all_reduce(
     sizes: Sequence[int] = timing.SIZES, launches: int = 5, rounds: int = 3, threads: int = 1
 ) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -146,9 +189,11 @@ def time_all_reduce(
         for names in (together, alone):
             if names:
                 arguments = (names, list(sizes), rounds)
-                found = launch.run(timing.all_reduce_rounds, 2, names[0], args=arguments, threads=threads)[0]
+                found = launch.run(timing.all_reduce_rounds, 2, names[0], args=arguments, threads=threads, **_PATIENT)[
+                    0
+                ]
                 rows += [{"launch": number, **row} for row in found]
-        limits.append(launch.run(timing.limits, 2, "gloo", threads=threads)[0])
+        limits.append(launch.run(timing.limits, 2, "gloo", threads=threads, **_PATIENT)[0])
     return pd.DataFrame(rows), {name: max(found[name] for found in limits) for name in limits[0]}
 
 
@@ -157,7 +202,7 @@ def time_crowded(ranks: int, sizes: Sequence[int], launches: int = 3, rounds: in
     names = [name for name in TIMED if name != "mpi4py" and unavailable(name, "cpu") is None]
     rows = []
     for number in range(launches):
-        found = launch.run(timing.all_reduce_rounds, ranks, "gloo", args=(names, list(sizes), rounds))[0]
+        found = launch.run(timing.all_reduce_rounds, ranks, "gloo", args=(names, list(sizes), rounds), **_PATIENT)[0]
         rows += [{"launch": number, "ranks": ranks, **row} for row in found]
     return pd.DataFrame(rows)
 
@@ -184,8 +229,12 @@ def emulated_all_reduce(rate_mbit: float, nbytes: int, calls: int = 3) -> dict[s
     why = network.unavailable()
     if why is not None:
         return row | {"measured_mbit": None, "ms": None, "why": why}
-    with network.EmulatedNetwork(nodes=2, rate_mbit=rate_mbit) as net:
-        found = launch.run(timing.all_reduce_ms, 2, "gloo", args=(nbytes, calls), nodes=net.nodes, timeout=120)
+    with ExitStack() as stack:
+        try:
+            net = stack.enter_context(network.EmulatedNetwork(nodes=2, rate_mbit=rate_mbit))
+        except NotAvailable as error:  # its own look at the link may run out of time
+            return row | {"measured_mbit": None, "ms": None, "why": str(error)}
+        found = launch.run(timing.all_reduce_ms, 2, "gloo", args=(nbytes, calls), nodes=net.nodes, **_PATIENT)
         return row | {"measured_mbit": net.measured_mbit, "ms": float(np.mean(found)), "why": ""}
 
 

@@ -6,7 +6,7 @@ on one core. A finished model is cached; an unfinished one goes on from its last
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,14 +167,24 @@ def fine_tune(
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     seed: int = 0,
+    between_epochs: Callable[[], object] | None = None,
 ) -> FineTuned:
     """Train a given model, for example a pruned one, for some more epochs: all its weights, in place.
+
+    between_epochs: called after every epoch but the last; its time does not count, and what it draws from torch's
+    generator does not change the training.
 
     This is the retraining that post-training pruning is compared with. Hooks on the model (masks) stay in force, and
     torch's own number of threads holds (see `effnn.base.threads`).
     """
     recipe = Recipe(epochs, batch_size, learning_rate, warmup, weight_decay, seed)
-    end = fit(model, rows.train, rows.validation, recipe, label="fine-tuning")
+
+    def pause(_: Progress) -> None:
+        with torch.random.fork_rng():
+            between_epochs()
+
+    after = pause if between_epochs else None
+    end = fit(model, rows.train, rows.validation, recipe, after_epoch=after, label="fine-tuning")
     return FineTuned(model, tuple(accuracy.accuracy for accuracy in end.curve), end.seconds)
 
 

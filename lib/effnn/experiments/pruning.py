@@ -11,6 +11,7 @@ import dataclasses
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import joblib
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from effnn import cache, ltp
-from effnn.base import InvalidInput, Timing, interleave, threads
+from effnn.base import LEAST, InvalidInput, Timing, interleave, load_average, threads
 from effnn.data import text
 from effnn.data.encoding import EncodedSplit, EncodedTask, encode, encode_split, loader
 from effnn.data.text import calibration_loader, fingerprint
@@ -136,9 +137,10 @@ def run_sweep(task: TextTask, listed: list[tuple[ClassifierConfig, float, int]],
     """One row for each checkpoint, budget, calibration seed and method.
 
     Columns: family, seed (of the checkpoint), calibration_seed, budget, method (search, rearrange, tune, magnitude,
-    random, retrain), accuracy and loss on dev, dense_accuracy, mac_ratio (exact), seconds (measured: of the whole
-    pruning, or of the retraining alone), accepted, gain (tuning: accepted layer halves; mean share of the held-out
-    reconstruction error removed in them), trial.
+    random, retrain), accuracy and loss on dev, dense_accuracy, mac_ratio (exact), accepted, gain (tuning: accepted
+    layer halves; mean share of the held-out reconstruction error removed in them), trial. Of the retraining also
+    seconds (measured, of all its epochs), prune_seconds (of the whole pruning, which takes turns with the epochs in the
+    same process, so that both see the same machine; the median) and load (the highest load average meanwhile).
     """
     # the longest jobs first, so that the last ones to end are short
     order = sorted(range(len(listed)), key=lambda i: listed[i][1] not in sweep.retrain_budgets)
@@ -203,34 +205,61 @@ def _compute_one(task: TextTask, trained: TrainedClassifier, budget: float, seed
         "budget": budget,
         "dense_accuracy": trained.accuracy,
     }
-    seconds = sum(stage["seconds"] for stage in report["stages"])
     accepted = [layer for layer in report["layers"] if layer["accepted"]]
     gain = float(np.mean([1 - layer["error_after"] / layer["error_before"] for layer in accepted])) if accepted else 0.0
     candidates = {name: pruned.stages[name] for name in STAGES} | baselines(model, cost, budget, seed)
     rows = []
     for method, masks in candidates.items():
         found = evaluate(ltp.shrink(model, masks), loader(dev, EVALUATION_BATCH))
-        extra = (
-            {"seconds": seconds, "accepted": len(accepted), "gain": gain, "trial": trial} if method == "tune" else {}
-        )
+        extra = {"accepted": len(accepted), "gain": gain, "trial": trial} if method == "tune" else {}
         rows.append(common | _measured(method, found, cost.ratio(masks)) | extra)
     if budget in sweep.retrain_budgets:
-        rows.append(common | _retrain(task, trained, pruned.stages["rearrange"], cost, dev, sweep))
+        turns = _PruningTimes(task, trained, budget, seed, sweep, PRUNER_TRIALS[trial])
+        rows.append(common | _retrain(task, trained, pruned.stages["rearrange"], cost, dev, sweep, turns))
     return rows
 
 
+class _PruningTimes:
+    """Each call prunes once more and notes the seconds that it took; what comes out is thrown away."""
+
+    def __init__(
+        self, task: TextTask, trained: TrainedClassifier, budget: float, seed: int, sweep: Sweep, options: dict
+    ) -> None:
+        rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, seed, trained.config.max_length)
+        self.prune = partial(ltp.prune, trained.model, rows, ltp.Macs(budget), seed=seed, progress=False, **options)
+        self.seconds: list[float] = []
+        self.load: list[float] = []
+
+    def __call__(self) -> None:
+        self.seconds.append(max(self.prune().report.seconds, LEAST))
+        self.load.append(load_average())
+
+
 def _retrain(
-    task: TextTask, trained: TrainedClassifier, masks: ltp.Masks, cost, dev: EncodedSplit, sweep: Sweep
+    task: TextTask,
+    trained: TrainedClassifier,
+    masks: ltp.Masks,
+    cost: ltp.MacCost,
+    dev: EncodedSplit,
+    sweep: Sweep,
+    turns: _PruningTimes,
 ) -> dict:
-    """The row of the retraining baseline: the best of its trials on validation, read once on dev."""
+    """The row of the retraining baseline: the best of its trials on validation, read once on dev. turns: called before
+    every epoch."""
     rows: EncodedTask = encode(task, trained.tokenizer, trained.config.max_length)
     tries = []
     for rate in RETRAIN_TRIALS[: sweep.trials]:
-        small = ltp.shrink(trained.model, masks)
-        tries.append(fine_tune(small, rows, epochs=sweep.retrain_epochs, learning_rate=rate, seed=trained.config.seed))
+        small, seed = ltp.shrink(trained.model, masks), trained.config.seed
+        with threads(sweep.threads):
+            turns()
+            tries.append(
+                fine_tune(small, rows, epochs=sweep.retrain_epochs, learning_rate=rate, seed=seed, between_epochs=turns)
+            )
     trial = _best([tried.accuracy_curve[-1] for tried in tries])
     found = evaluate(tries[trial].model, loader(dev, EVALUATION_BATCH))
-    return _measured("retrain", found, cost.ratio(masks)) | {"seconds": tries[trial].seconds, "trial": trial}
+    times = {"seconds": max(tries[trial].seconds, LEAST), "prune_seconds": float(np.median(turns.seconds))}
+    times["load"] = max(turns.load)
+    return _measured("retrain", found, cost.ratio(masks)) | times | {"trial": trial}
 
 
 def baselines(model: nn.Module, cost: ltp.MacCost, budget: float, seed: int) -> dict[str, ltp.Masks]:
@@ -297,7 +326,8 @@ def check_identity(task: TextTask, trained: TrainedClassifier, masks: ltp.Masks,
 def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, table: ltp.LatencyTable) -> pd.DataFrame:
     """Budgets 0.05 to 0.95 by MACs (exact count) and by latency (predicted by `table`): asked, reached, kept or not.
 
-    A latency budget below what is left with the cheapest blocks cannot be met: only there a refusal is right.
+    A latency budget below what is left with the cheapest blocks cannot be met: only there a refusal is right. The rows
+    of kind "latency" rest on a measured table: they are shown, nothing is claimed of them.
     """
     rows = calibration_loader(task, trained.tokenizer, min(sweep.rows, 256), sweep.batch, 0, trained.config.max_length)
     found = ltp.calibrate(trained.model, rows, keep_inputs=False)
@@ -312,22 +342,13 @@ def check_budgets(task: TextTask, trained: TrainedClassifier, sweep: Sweep, tabl
         target = ltp.Latency(ratio, batch=table.batch, seq_len=table.seq_len)
         try:
             reached = table.predict(ltp.search_latency(*importance, table, target)) / dense_ms
-        except InvalidInput:
+        except ltp.BudgetTooSmall:
             right = ratio * dense_ms < floor_ms
             listed.append({"budget": ratio, "kind": "latency", "reached": np.nan, "kept": right, "refused": True})
             continue
         kept = reached <= ratio * (1 + 1e-9)
         listed.append({"budget": ratio, "kind": "latency", "reached": reached, "kept": kept, "refused": False})
     return pd.DataFrame(listed)
-
-
-def budget_note(kept: pd.DataFrame, targets: pd.DataFrame) -> str:
-    """What the share of kept budgets means: latency is the table's prediction; beside it what was measured."""
-    measured = ", ".join(f"{row.measured:.3f} for {row.budget:g}" for row in targets.itertuples())
-    return (
-        f"MACs counted; latency as the table predicts it, {int(kept.refused.sum())} budgets refused as impossible; "
-        f"measured on the assembled model: {measured} of the dense latency"
-    )
 
 
 def latency_curves(
@@ -382,41 +403,77 @@ def speedups(
     timing: batch, seq_len and rounds, as in `latency_curves`.
     """
     found = []
-    for trained in (c for c in checkpoints if c.config.family == checkpoints[0].config.family):
+    for trained in _of_first_family(checkpoints):
         masks = chosen(frame, task, trained.config, budget, seed, sweep).stages["tune"]
         found.append(float(latency_curves(trained, {budget: masks}, *timing, sweep.threads).speedup[0]))
     return found
 
 
 def latency_target(
-    task: TextTask, trained: TrainedClassifier, ratios: list[float], sweep: Sweep, batch: int, seq_len: int, rounds: int
+    task: TextTask,
+    checkpoints: list[TrainedClassifier],
+    ratios: list[float],
+    sweep: Sweep,
+    batch: int,
+    seq_len: int,
+    rounds: int,
 ) -> tuple[pd.DataFrame, ltp.LatencyTable]:
-    """Pruning to latency budgets: predicted and measured latency (shares of the dense model's) and accuracy on dev."""
-    config = trained.config
-    dev = encode_split(task.dev, trained.tokenizer, config.max_length)
-    listed = []
-    with threads(sweep.threads):
-        table = ltp.LatencyTable.measure(
-            trained.model, ltp.Latency(0.5, batch, seq_len, repeats=rounds), progress=False
-        )
-        for ratio in ratios:
-            rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
-            target = ltp.Latency(ratio, batch, seq_len, repeats=2 * rounds)
-            result = ltp.prune(trained.model, rows, target, table=table, progress=False)
-            small = result.materialize()
-            check, final = result.report.latency, result.report.stages[-1]
-            listed.append(
-                {
-                    "budget": ratio,
-                    "predicted": check.predicted / check.dense_predicted,
-                    "measured": check.measured / check.dense_measured,
-                    "predicted_ms": check.predicted,
-                    "measured_ms": check.measured,
-                    "mac_ratio": final.mac_ratio,
-                    "accuracy": evaluate(small, loader(dev, EVALUATION_BATCH)).accuracy,
-                }
+    """Every checkpoint of the first family pruned to latency budgets; and the table of the first one's block times.
+
+    One row a checkpoint and budget: family, seed, budget, predicted and measured latency (shares of the dense model's,
+    which is measured in turn with the pruned one), the same in ms, mac_ratio, accuracy on dev, refused (the budget is
+    below what the cheapest blocks take by this table: the dense model stays, at 1), load (highest load average).
+    """
+    listed, tables = [], []
+    for trained in _of_first_family(checkpoints):
+        config = trained.config
+        dev = encode_split(task.dev, trained.tokenizer, config.max_length)
+        with threads(sweep.threads):
+            tables.append(
+                ltp.LatencyTable.measure(
+                    trained.model, ltp.Latency(0.5, batch, seq_len, repeats=rounds), progress=False
+                )
             )
-    return pd.DataFrame(listed), table
+            for ratio in ratios:
+                row = {"family": config.family, "seed": config.seed, "budget": ratio}
+                rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
+                target = ltp.Latency(ratio, batch, seq_len, repeats=2 * rounds)
+                try:
+                    result = ltp.prune(trained.model, rows, target, table=tables[-1], progress=False)
+                except ltp.BudgetTooSmall:  # a measured time decides it, so it must not end the run
+                    refused = {"predicted": np.nan, "measured": 1.0, "mac_ratio": 1.0, "accuracy": trained.accuracy}
+                    listed.append(row | refused | {"refused": True, "load": load_average()})
+                    continue
+                check, final = result.report.latency, result.report.stages[-1]
+                listed.append(
+                    row
+                    | {
+                        "predicted": check.predicted / check.dense_predicted,
+                        "measured": check.measured / check.dense_measured,
+                        "predicted_ms": check.predicted,
+                        "measured_ms": check.measured,
+                        "mac_ratio": final.mac_ratio,
+                        "accuracy": evaluate(result.materialize(), loader(dev, EVALUATION_BATCH)).accuracy,
+                        "refused": False,
+                        "load": load_average(),
+                    }
+                )
+    return pd.DataFrame(listed), tables[0]
+
+
+def latency_kept(targets: pd.DataFrame) -> tuple[list[float], str]:
+    """Return the largest measured latency over its budget, one number a checkpoint, and a note with all of them."""
+    over = (targets.measured / targets.budget).groupby(targets.seed).max()
+    each = targets.groupby("budget", sort=False).measured.mean()
+    note = "measured, mean over checkpoints: " + ", ".join(
+        f"{share:.3f} for {budget:g}" for budget, share in each.items()
+    )
+    refused = int(targets.refused.sum())
+    return over.tolist(), note + (f"; {refused} of {len(targets)} refused as impossible" if refused else "")
+
+
+def _of_first_family(checkpoints: list[TrainedClassifier]) -> list[TrainedClassifier]:
+    return [one for one in checkpoints if one.config.family == checkpoints[0].config.family]
 
 
 def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> dict[str, list[float]]:
@@ -426,12 +483,12 @@ def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> di
     """
     chosen = frame[(frame.family == family) & (frame.calibration_seed == calibration_seed)]
     accuracy = chosen.pivot_table(index=["seed", "budget"], columns="method", values="accuracy")
-    seconds = chosen.pivot_table(index=["seed", "budget"], columns="method", values="seconds")
     dense = chosen.groupby("seed").dense_accuracy.first()
     samples: dict[str, list[float]] = {}
     shared = [b for b, group in chosen.groupby("budget") if group.seed.nunique() == chosen.seed.nunique()]
-    if "retrain" in seconds:
-        samples["ltp.time"] = list((seconds.retrain / seconds.tune).dropna().groupby("seed").mean())
+    retrained = chosen[chosen.method == "retrain"]
+    if len(retrained):
+        samples["ltp.time"] = list((retrained.seconds / retrained.prune_seconds).groupby(retrained.seed).mean())
         if 0.6 in shared:
             at = accuracy.xs(0.6, level="budget")
             samples["ltp.tradeoff"] = list(100 * (at.retrain - at.tune))
@@ -446,7 +503,7 @@ def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> di
 
 
 def time_table(frame: pd.DataFrame, published: pd.DataFrame, epochs: int) -> pd.DataFrame:
-    """The talk's table of retraining epochs and end-to-end hours, and below it what was measured here."""
+    """The talk's table of retraining epochs and end-to-end hours, and below it what was measured here, in turn."""
     rows = []
     for method, group in published.groupby("method", sort=False):
         value = group.set_index("metric").value
@@ -454,11 +511,11 @@ def time_table(frame: pd.DataFrame, published: pd.DataFrame, epochs: int) -> pd.
             {"method": method, "epochs": float(value["training epochs"]), "hours": float(value["end-to-end time"])}
         )
     table = pd.DataFrame(rows).assign(source="talk")
-    here = {"tune": ("post-training pruning", 0), "retrain": ("prune, then retrain", epochs)}
-    for method, (name, count) in here.items():
-        seconds = frame[frame.method == method].seconds.dropna()
-        if len(seconds):
-            table.loc[len(table)] = [name, count, seconds.median() / 3600, "measured here"]
+    retrained = frame[frame.method == "retrain"]
+    here = {"prune_seconds": ("post-training pruning", 0), "seconds": ("prune, then retrain", epochs)}
+    for column, (name, count) in here.items():
+        if len(retrained):
+            table.loc[len(table)] = [name, count, retrained[column].median() / 3600, "measured here"]
     return table.assign(seconds=table.hours * 3600)
 
 

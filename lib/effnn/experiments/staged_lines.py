@@ -177,20 +177,7 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
     text = setting.load()
     for split in ("validation", "test"):
         _windows(text, split, setting)
-    recipe = staged.Recipe(
-        setting.batch,
-        setting.context,
-        line.rates[0],
-        staged.WarmupStableDecay(setting.warmup, _FOREVER, 0),
-        weight_decay=setting.weight_decay,
-        clip=setting.clip or None,
-        seed=seed,
-        evaluate_every=setting.evaluate_every,
-        evaluate_sequences=setting.on_the_way,
-        micro_batch=setting.micro_batch or None,
-        precision=setting.precision,
-        checkpoint_every=setting.checkpoint_every or None,
-    )
+    recipe = recipe_of(setting, line.rates[0], seed)
     folders = _folders(line, setting, seed, text.fingerprint)
 
     def go_on(start: object, stage: staged.Stage, recipe: staged.Recipe = recipe) -> staged.TrainState:
@@ -229,6 +216,24 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
     return Outcome(pd.DataFrame(rows), points)
 
 
+def recipe_of(setting: Setting, rate: float, seed: int) -> staged.Recipe:
+    """Return how all lines are trained: at a constant rate after the warm-up."""
+    return staged.Recipe(
+        setting.batch,
+        setting.context,
+        rate,
+        staged.WarmupStableDecay(setting.warmup, _FOREVER, 0),
+        weight_decay=setting.weight_decay,
+        clip=setting.clip or None,
+        seed=seed,
+        evaluate_every=setting.evaluate_every,
+        evaluate_sequences=setting.on_the_way,
+        micro_batch=setting.micro_batch or None,
+        precision=setting.precision,
+        checkpoint_every=setting.checkpoint_every or None,
+    )
+
+
 def _folders(line: Line, setting: Setting, seed: int, data: str) -> Iterator[Path | None]:
     """A folder for the checkpoints of each part of a run, in the order of training; None where none are kept."""
     key = {"line": dataclasses.asdict(line), "setting": dataclasses.asdict(setting), "seed": seed, "data": data}
@@ -243,7 +248,7 @@ def _windows(text: corpus.Corpus, split: str, setting: Setting) -> torch.Tensor:
 
 def _follow(line: Line, setting: Setting, recipe: staged.Recipe, vocabulary: int, go_on: Callable) -> staged.TrainState:
     """The state at the beginning of the last stage: just grown, or new."""
-    sizes = [_config(size, setting, vocabulary) for size in line.sizes]
+    sizes = [configuration(size, setting, vocabulary) for size in line.sizes]
     now: object = sizes[0]
     if not line.steps:
         return go_on(now, staged.Stage(0))
@@ -263,7 +268,8 @@ def _follow(line: Line, setting: Setting, recipe: staged.Recipe, vocabulary: int
     return now
 
 
-def _config(size: tuple[int, int], setting: Setting, vocabulary: int) -> GPT2Config:
+def configuration(size: tuple[int, int], setting: Setting, vocabulary: int) -> GPT2Config:
+    """Return the GPT-2 of this size, (layers, width); InvalidInput for a width that heads do not divide."""
     layers, wide = size
     if wide % setting.head:
         raise InvalidInput(f"a width of {wide} does not divide into heads of {setting.head}")
@@ -276,7 +282,7 @@ def _config(size: tuple[int, int], setting: Setting, vocabulary: int) -> GPT2Con
 @torch.no_grad()
 def _ends(end: staged.TrainState, setting: Setting, text: corpus.Corpus) -> dict[str, float]:
     row = {"steps": end.step, "tokens": end.tokens, "flops": end.flops, "flops_full": end.flops_full}
-    row["seconds"] = end.seconds
+    row["clock_seconds"] = end.seconds  # of this run on that day; not to be compared
     for split in ("validation", "test"):
         windows = _windows(text, split, setting)
         parts = windows.split(setting.micro_batch or 64)

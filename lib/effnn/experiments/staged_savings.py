@@ -5,25 +5,31 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import isotonic_regression
 
 from effnn import staged
-from effnn.base import InvalidInput
+from effnn.base import LEAST, InvalidInput
 
 AXES = {"flops": "FLOPs without embeddings", "flops_full": "FLOPs in full", "seconds": "seconds"}
-"""What can be spent: both conventions of FLOPs are counted, the seconds are of this machine."""
+"""What can be spent: both conventions of FLOPs are counted, the seconds (staged_times.py) are of this machine."""
 
 
 def compute_to_loss(ends: pd.DataFrame, loss: float, axis: str = "flops") -> float:
     """Return what a line spends until its end point has `loss` on the test split: interpolated between budgets.
 
     ends: of one line and seed. A line that is already better at its smallest budget is charged that budget, which can
-    only be too much; one that never gets there gives infinity.
+    only be too much; one that never gets there gives infinity. Seconds are measured, and a longer run may have taken
+    less time by the clock: they are fitted, not taken as ordered. Where the loss is reached is found in FLOPs, and the
+    seconds there are read off the rising step function that is nearest to all end points (isotonic regression).
     """
     ends = ends.sort_values("budget")
     if ends.test_loss.min() > loss:
         return math.inf
     if ends.test_loss.iloc[0] <= loss or len(ends) == 1:
         return float(ends[axis].iloc[0])
+    if axis == "seconds":
+        rising = isotonic_regression(ends.seconds).x
+        return float(np.interp(compute_to_loss(ends, loss), ends.flops, rising))
     return staged.Curve(ends[axis].tolist(), ends.test_loss.tolist()).x_at(loss)
 
 
@@ -31,7 +37,8 @@ def savings(ends: pd.DataFrame, reference: str = "scratch", horizon: float | Non
     """Return what every other line saves against `reference`, to the loss that it has at its largest budget.
 
     horizon: a smaller budget of the reference, whose loss is then compared.
-    One row a line, seed and axis (`AXES`): line, seed, axis, loss (nats a token, of the test split), spent, at_most
+    One row a line, seed and axis (of `AXES`, those that `ends` has): line, seed, axis, loss (nats a token, of the test
+    split), spent, at_most
     (whether less would have done: the line is already better at its smallest budget), reference (what the reference
     spent), saving (percent; minus infinity where the loss is never reached).
     """
@@ -40,11 +47,11 @@ def savings(ends: pd.DataFrame, reference: str = "scratch", horizon: float | Non
         scratch = of_seed[of_seed.line == reference].sort_values("budget")
         scratch = (scratch if horizon is None else scratch[scratch.budget == horizon]).iloc[-1]
         for name, line in of_seed[of_seed.line != reference].groupby("line", sort=False):
-            for axis in AXES:
+            for axis in (name for name in AXES if name in ends):
                 spent = compute_to_loss(line, scratch.test_loss, axis)
                 row = {"line": name, "seed": seed, "axis": axis, "loss": scratch.test_loss, "spent": spent}
                 row["at_most"] = bool(line.sort_values("budget").test_loss.iloc[0] < scratch.test_loss)
-                rows.append(row | {"reference": scratch[axis], "saving": 100 * (1 - spent / scratch[axis])})
+                rows.append(row | {"reference": scratch[axis], "saving": 100 * (1 - spent / max(scratch[axis], LEAST))})
     return pd.DataFrame(rows)
 
 
@@ -66,8 +73,9 @@ def claimed_savings(ends: pd.DataFrame, line: str = "staged", horizon: float | N
     missed, won = int((~np.isfinite(found.spent)).sum()), int(against.pays.sum())
     never = int(np.isinf(against.other_spent).sum())
     others = table[(table.line == line) & (table.axis != "flops")].groupby("axis").saving.mean()
-    note = f"in full FLOPs {others['flops_full']:.1f}, in wall time {others['seconds']:.1f}; the small model simply "
-    note += f"continued spends more in {won} of {len(against)} seeds"
+    note = f"in full FLOPs {others['flops_full']:.1f}"
+    note += f", in seconds of steps timed in turn {others['seconds']:.1f}" if "seconds" in others else ""
+    note += f"; the small model simply continued spends more in {won} of {len(against)} seeds"
     note += f" (and never gets there in {never})" if never else ""
     note += f"; the loss is not reached in {missed}" if missed else ""
     return samples.tolist(), note

@@ -15,7 +15,7 @@ from effnn.ltp.latency import search_latency
 from effnn.ltp.latency_measure import compare_latency, measure_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
 from effnn.ltp.macs import MacCost, Macs, search_macs
-from effnn.ltp.masks import Masks, Shape, masked
+from effnn.ltp.masks import BudgetTooSmall, Masks, Shape, masked
 from effnn.ltp.prune import LatencyCheck, PruneReport, PruneResult, Stage, prune
 from effnn.ltp.pruned_models import load_pruned, register_pruned
 from effnn.ltp.rearrange import quadratic_loss, rearrange
@@ -24,6 +24,7 @@ from effnn.ltp.tune import LayerTuning, tune_masks
 
 __all__ = [
     "Adapter",
+    "BudgetTooSmall",
     "Calibration",
     "Latency",
     "LatencyCheck",

@@ -16,7 +16,7 @@ from effnn.base import InvalidInput
 from effnn.ltp.knapsack import best_choice
 from effnn.ltp.latency_measure import compare_latency, measure_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
-from effnn.ltp.masks import Masks
+from effnn.ltp.masks import BudgetTooSmall, Masks
 from effnn.ltp.piecewise import PiecewiseSearch, fit_piecewise
 
 __all__ = ["Latency", "LatencyTable", "compare_latency", "measure_latency", "search_latency"]
@@ -45,7 +45,7 @@ def search_latency(
     least = layers * (float(heads.cost[heads.lowest :].min()) + float(filters.cost[filters.lowest :].min()))
     if least > budget:
         smallest = math.ceil(1e4 * (least + table.rest_ms) / dense) / 1e4
-        raise InvalidInput(
+        raise BudgetTooSmall(
             f"no choice of heads and filters reaches {target.ratio} of the dense latency: {table.rest_ms:.3g} of "
             f"{dense:.3g} ms are spent outside the layers, and empty blocks and the minimum per layer take time "
             f"too. The smallest feasible ratio is {smallest:.4f}"

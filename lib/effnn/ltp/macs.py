@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.ltp.masks import Masks, Shape
+from effnn.ltp.masks import BudgetTooSmall, Masks, Shape
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def search_macs(
         least = heads.base_cost + filters.base_cost
         smallest = math.ceil(1e4 * least / cost.total) / 1e4  # rounded up, so that the ratio that is named can be met
         smallest += 1e-4 if smallest * cost.total < least else 0
-        raise InvalidInput(
+        raise BudgetTooSmall(
             f"the minimum of {target.min_heads} heads and {target.min_filters} filters a layer needs {smallest:.4f} of "
             f"the MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
         )

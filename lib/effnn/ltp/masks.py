@@ -17,6 +17,10 @@ from effnn.base import InvalidInput
 from effnn.ltp.adapters import Adapter, adapter_for
 
 
+class BudgetTooSmall(InvalidInput):
+    """No masks fit the budget; the message names the smallest share that does."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of an encoder as far as pruning goes."""

@@ -16,7 +16,7 @@ import pandas as pd
 from effnn import paths
 from effnn.base import InvalidInput
 from effnn.report import rules
-from effnn.report.provenance import fingerprint_differences
+from effnn.report.provenance import busy, fingerprint_differences
 from effnn.report.results import Results, ResultWriter, Value, command, load
 from effnn.report.rules import Rule, Verdict, number, span_text
 
@@ -100,11 +100,12 @@ def verdict_table(ids: Iterable[str] | str, source: ResultWriter | Results) -> p
     if not wanted:
         prefixes = dict.fromkeys(name.split(".")[0] for name in known)
         raise InvalidInput(f"no claim begins with {ids!r}; the prefixes are {', '.join(prefixes)}")
+    cores = (source.provenance if isinstance(source, Results) else source.provenance()).get("cores")
     table = []
     for name in wanted:
         claim, value = known[name], source.values.get(name)
         missing = Verdict(rules.NO_RESULT, f"the run recorded no value {name!r}")
-        given, measured = (missing, Value(None)) if value is None else (_judge(claim, value), value)
+        given, measured = (missing, Value(None)) if value is None else (_judge(claim, value, cores), value)
         table.append(
             {
                 "id": name,
@@ -149,7 +150,7 @@ def ledger() -> list[Entry]:
             entries.append(Entry(claim, Verdict(rules.NO_RESULT, reason), notebook=notebook))
             continue
         value = answer.values[claim.id]
-        given = _judge(claim, value)
+        given = _judge(claim, value, answer.provenance.get("cores"))
         if answer.profile != claim.profile:
             reason = f"{given.reason} (the laptop's value; `{command(claim.profile, notebook)}` makes the study's)"
             given = Verdict(given.word, reason)
@@ -176,8 +177,10 @@ def data_notes(notebook: str) -> list[str]:
     ]
 
 
-def _judge(claim: Claim, value: Value) -> Verdict:
-    return verdict(claim, value.value, value.interval, value.samples, value.note)
+def _judge(claim: Claim, value: Value, cores: int | None) -> Verdict:
+    given = verdict(claim, value.value, value.interval, value.samples, value.note)
+    machine = busy(value.load, cores) if value.value is not None else ""
+    return Verdict(given.word, f"{given.reason}; {machine}") if machine else given
 
 
 def _claim(row: Mapping[str, str | None]) -> Claim:

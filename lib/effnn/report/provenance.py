@@ -4,6 +4,7 @@ Nothing here fails for want of something: without git the commit is "unknown", w
 knows of it.
 """
 
+import math
 import os
 import platform
 import subprocess
@@ -17,9 +18,13 @@ import torch
 
 import effnn
 from effnn import paths
+from effnn.base import load_average
 
 PACKAGES = ("torch", "transformers", "numpy")
 UNKNOWN = "unknown"
+BUSY = 1.5
+"""Load average for each core above which a machine counts as busy: two jobs that this project runs side by side on two
+cores come to about one."""
 
 
 def gather(
@@ -29,13 +34,14 @@ def gather(
     started: datetime | None = None,
     fingerprints: Mapping[str, str] | None = None,
     git: tuple[str, bool | None] | None = None,
+    load_start: float | None = None,
 ) -> dict[str, object]:
     """Return the provenance of what is being written now, ready for JSON.
 
     started: UTC time at which the work began; `duration_s` counts from there. fingerprints: data set -> sha256.
-    git: `git_state` as it was when the work began; None takes it now.
+    git, load_start: `git_state` and the load average as they were when the work began; None takes them now.
     Keys: profile, parameters, seeds, versions, cpu, cores, threads, accelerator, platform, git_commit, git_dirty,
-    start, duration_s, fingerprints.
+    start, duration_s, load_start, load_end (1-minute load averages, None where the system knows none), fingerprints.
     """
     now = datetime.now(UTC)
     started = started or now
@@ -47,7 +53,7 @@ def gather(
         "seeds": [int(seed) for seed in seeds],
         "versions": versions(),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         # The parameter states what the work ran with; the present setting may be the notebook's, not the method's.
         "threads": int(parameters.get("threads") or torch.get_num_threads()),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -56,8 +62,26 @@ def gather(
         "git_dirty": dirty,
         "start": started.isoformat(timespec="seconds"),
         "duration_s": round((now - started).total_seconds(), 1),
+        "load_start": _rounded(load_average() if load_start is None else load_start),
+        "load_end": _rounded(load_average()),
         "fingerprints": dict(fingerprints or {}),
     }
+
+
+def cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def busy(load: float | None, count: int | None) -> str:
+    """Return a few words on a load average above `BUSY` times the cores, and an empty text for a lower one."""
+    if load is None or not count or not load > BUSY * count:
+        return ""
+    return f"measured on a busy machine (load {load:.1f} on {count} cores)"
+
+
+def _rounded(load: float) -> float | None:
+    return round(load, 2) if math.isfinite(load) else None
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from effnn import paths
-from effnn.base import InvalidInput, atomic_path, write_json
+from effnn.base import InvalidInput, atomic_path, load_average, write_json
 from effnn.report import figures, provenance
 from effnn.report.values import Value, finite, interval, read_value
 
@@ -84,6 +84,7 @@ class ResultWriter:
         self._fingerprints: dict[str, str] = {}
         self._parameters, self._seeds = dict(parameters or {}), list(seeds)
         self._started, self._git = datetime.now(UTC), provenance.git_state(paths.HOME)
+        self._load = load_average()
 
     def value(
         self,
@@ -93,11 +94,14 @@ class ResultWriter:
         samples: Sequence[float] | None = None,
         unit: str = "",
         note: str = "",
+        load: float | None = None,
     ) -> Value:
         """Record one number under a claim's id, or a key of its own, and return it with its interval.
 
         samples: one number a seed; `value` defaults to their mean. Neither: the claim was not attempted, and `note`
-        must say what it needs. NaN, infinity and a value outside its own samples raise InvalidInput.
+        must say what it needs. load: of a measured time, the highest load average while it was measured (NaN: not
+        known); the verdict names a busy machine. Any other NaN, infinity and a value outside its own samples raise
+        InvalidInput.
         """
         _name("key", key)
         numbers = tuple(finite(key, item) for item in (() if samples is None else samples))
@@ -109,7 +113,8 @@ class ResultWriter:
         slack = 1e-9 * max((abs(item) for item in numbers), default=0.0)
         if value is not None and numbers and not min(numbers) - slack <= value <= max(numbers) + slack:
             raise InvalidInput(f"value {key!r} = {value} lies outside its own samples {list(numbers)}")
-        self.values[key] = Value(value, numbers, interval(numbers), unit, note)
+        load = None if load is None or np.isnan(load) else round(finite("load", load), 2)
+        self.values[key] = Value(value, numbers, interval(numbers), unit, note, load)
         return self.values[key]
 
     def table(self, name: str, frame: pd.DataFrame) -> Path:
@@ -142,7 +147,7 @@ class ResultWriter:
     def provenance(self) -> dict[str, object]:
         """Return the provenance as of now; see `effnn.report.provenance.gather` for its keys."""
         return provenance.gather(
-            self.profile, self._parameters, self._seeds, self._started, self._fingerprints, self._git
+            self.profile, self._parameters, self._seeds, self._started, self._fingerprints, self._git, self._load
         )
 
     def finish(self) -> Path:

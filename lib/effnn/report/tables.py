@@ -14,13 +14,17 @@ from effnn import paths
 from effnn.base import InvalidInput, write_json, write_text
 from effnn.report import markers, rules
 from effnn.report.claims import Entry, data_notes, ledger, notebook_of, rows
+from effnn.report.provenance import busy
 from effnn.report.results import FILE, folder
 from effnn.report.rules import Rule, number, span_text
 
 log = logging.getLogger(__name__)
 
 # What a reader of the ledger needs of a provenance; the whole of it is in the result file named beside it.
-_PROVENANCE = ("git_commit", "git_dirty", "start", "duration_s", "cpu", "cores", "threads", "accelerator", "seeds")
+_PROVENANCE = (
+    *("git_commit", "git_dirty", "start", "duration_s", "load_start", "load_end"),
+    *("cpu", "cores", "threads", "accelerator", "seeds"),
+)
 
 
 def write_claims() -> list[Entry]:
@@ -122,9 +126,11 @@ def origin_text(origin: Mapping[str, object]) -> str:
     machine = f"{origin.get('cpu')}, {origin.get('cores')} cores, {origin.get('threads')} thread(s) a process"
     if origin.get("accelerator"):
         machine += f", {origin['accelerator']}"
+    loads = [origin.get(name) for name in ("load_start", "load_end")]
+    duration = f"{origin.get('duration_s')} s" + ("" if None in loads else f", load {loads[0]:.1f} to {loads[1]:.1f}")
     return (
         f"profile {origin.get('profile')}, commit {str(origin.get('git_commit'))[:12]}{local}, {origin.get('start')}, "
-        f"{origin.get('duration_s')} s; {machine}; seeds {seeds}; {versions}; data {hashes or 'without fingerprint'}"
+        f"{duration}; {machine}; seeds {seeds}; {versions}; data {hashes or 'without fingerprint'}"
     )
 
 
@@ -132,8 +138,9 @@ def bench() -> pd.DataFrame:
     """Return data/bench.csv joined with results/bench.json, one row a key.
 
     Columns: key, bar, unit, meaning, median, min, max, runs, note, also (details with a bound, such as peak memory over
-    its bound, which must be at most 1), measured (bool), state. The state is "meets the bar", "misses the bar", "not
-    measured", or "not built yet" while the notebook of the key's room (as data/claims.csv names it) does not exist.
+    its bound, which must be at most 1), measured (bool), state. The state is "meets the bar", "misses the bar" (both
+    with a word on a machine that was busy), "not measured", or "not built yet" while the notebook of the key's room
+    (as data/claims.csv names it) does not exist.
     """
     bars = pd.read_csv(paths.BENCH_BARS, dtype=str, keep_default_na=False)
     measured = _bench_results()
@@ -154,6 +161,9 @@ def bench() -> pd.DataFrame:
             bounded = {k: v for k, v in (found.get("details") or {}).items() if k.endswith("_over_bound")}
             met = rule.holds(line["median"]) and all(value <= 1 for value in bounded.values())
             line["state"] = "meets the bar" if met else "misses the bar"
+            loads, origin = [one for one in found.get("load") or () if one == one], found.get("provenance") or {}
+            machine = busy(max(loads, default=None), origin.get("cores"))
+            line["state"] += f", {machine}" if machine else ""
             line["also"] = "".join(f"; {k.replace('_', ' ')} {number(v)}" for k, v in bounded.items())
         table.append(line)
     return pd.DataFrame(table)

@@ -16,7 +16,8 @@ class Value:
     """One named number; `value` None means not attempted, and `note` says what it needs.
 
     samples: one number a seed (paired differences where the claim is a difference). interval: 95 % t interval over
-    them, None with fewer than three.
+    them, None with fewer than three. load: of a measured time, the highest 1-minute load average while it was measured;
+    None for what is counted.
     """
 
     value: float | None
@@ -24,6 +25,7 @@ class Value:
     interval: tuple[float, float] | None = None
     unit: str = ""
     note: str = ""
+    load: float | None = None
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float] | None:
@@ -41,7 +43,8 @@ def read_value(item: Mapping[str, object]) -> Value:
     """Return a stored value; its interval is computed from the samples again, never taken on trust."""
     number = None if item["value"] is None else finite("value", item["value"])
     samples = tuple(finite("samples", sample) for sample in item["samples"])
-    return Value(number, samples, interval(samples), str(item["unit"]), str(item["note"]))
+    load = None if item.get("load") is None else finite("load", item["load"])
+    return Value(number, samples, interval(samples), str(item["unit"]), str(item["note"]), load)
 
 
 def finite(key: str, number: object) -> float:

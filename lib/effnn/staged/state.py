@@ -13,7 +13,7 @@ import torch
 from torch.optim import AdamW
 from transformers import GPT2LMHeadModel
 
-from effnn.base import InvalidInput
+from effnn.base import LEAST, InvalidInput
 from effnn.staged.curves import Curve
 from effnn.staged.depth import INITS, ORDERS
 from effnn.staged.optimizer import MOMENTS, NEW_MOMENTS, WIDTH_RULES
@@ -179,6 +179,8 @@ class TrainState:
     def curve(self, axis: str = "flops") -> Curve:
         """The validation losses over one of `AXES`; without step 0 and without the second points right after growth.
 
+        Seconds are what a clock gave: one that stood still between two evaluations counts as having gone on a little.
+
         Raises InvalidInput for an unknown axis, and as `Curve` does for fewer than two points.
         """
         if axis not in AXES:
@@ -187,6 +189,8 @@ class TrainState:
         points = sorted(first_of.values(), key=lambda point: point.step)
         values = [(getattr(point, axis), point.validation_loss) for point in points]
         x, losses = torch.tensor(values, dtype=torch.float64).reshape(-1, 2).unbind(1)
+        if axis == "seconds":
+            x = x.clamp(min=LEAST).cummax(0).values + LEAST * torch.arange(len(x))
         return Curve(x, losses)
 
 
