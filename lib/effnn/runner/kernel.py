@@ -61,6 +61,10 @@ class Guard:
             self._process.stdin.flush()
 
 
+PATIENCE = 600
+"""Seconds that a kernel may take to start, and its outputs to arrive: a busy machine is no dead kernel."""
+
+
 class _Literals(PythonTranslator):
     """papermill writes a tuple as a quoted string and the keys of a dict as strings; repr keeps every literal."""
 
@@ -118,6 +122,8 @@ def execute(
                 dict(parameters),
                 kernel_name=NATIVE,
                 language="python",
+                start_timeout=PATIENCE,
+                iopub_timeout=PATIENCE,
                 progress_bar=progress_bar,
                 kernel_manager_class=_manager(Path(folder), started),
                 **({"on_cell_executed": on_cell} if on_cell else {}),
