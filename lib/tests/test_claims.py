@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_home import CLAIMS, HEADER, NOTEBOOK, make_home
 
-from effnn import paths
+from effnn import paths, report
 from effnn.base import InvalidInput
 from effnn.report import (
     ResultWriter,
@@ -298,6 +298,33 @@ def test_verdicts_follow_the_results(home):
     assert words()["demo.loss"] == rules.DID_NOT_HOLD
 
 
+@pytest.mark.parametrize(("load", "said"), [(None, False), (0.5, False), (3.0, False), (3.1, True), (8.0, True)])
+def test_a_time_measured_on_a_busy_machine_says_so(home, monkeypatch, load, said):
+    monkeypatch.setattr(report.provenance, "cores", lambda: 2)
+    with ResultWriter(NOTEBOOK, "laptop") as writer:
+        writer.value("demo.loss", samples=[0.1, 0.2, 0.3], load=load)
+        reasons = [verdict_table(["demo.loss"], writer).reason["demo.loss"]]
+    entry = next(entry for entry in ledger() if entry.claim.id == "demo.loss")
+    assert entry.verdict.word == rules.HELD and entry.result.load == load
+    tables.write_claims()
+    reasons += [entry.verdict.reason, (paths.RESULTS / "CLAIMS.md").read_text()]
+    words = f"measured on a busy machine (load {load:.1f} on 2 cores)" if said else "measured on a busy machine"
+    assert all((words in text) == said for text in reasons)
+
+
+def test_results_carry_the_load_at_start_and_end(home, monkeypatch):
+    loads = iter([1.25, 7.5, float("nan"), float("nan")])
+    monkeypatch.setattr(report.results, "load_average", lambda: next(loads))
+    monkeypatch.setattr(report.provenance, "load_average", lambda: next(loads))
+    ResultWriter(NOTEBOOK, "laptop").finish()
+    origin = report.load("laptop", NOTEBOOK).provenance
+    assert (origin["load_start"], origin["load_end"]) == (1.25, 7.5)
+    assert "s, load 1.2 to 7.5; " in tables.origin_text(origin)
+    ResultWriter(NOTEBOOK, "laptop").finish()
+    origin = report.load("laptop", NOTEBOOK).provenance
+    assert (origin["load_start"], origin["load_end"]) == (None, None) and "load" not in tables.origin_text(origin)
+
+
 def test_a_study_claim_is_answered_by_the_study_else_by_the_laptop_and_labelled(home):
     record("laptop", study=[5.0, 6.0, 7.0])
     entry = next(entry for entry in ledger() if entry.claim.id == "demo.study")
@@ -422,6 +449,9 @@ def test_bench_table_puts_the_bar_beside_the_median(home):
         (paths.RESULTS / "bench.json").write_text(json.dumps({"demo.speed": bounded}))
         assert tables.bench().state[0] == state
         assert f"3 runs; peak over bound {share} | {state}" in tables.bench_table()
+    busy = measured | {"load": [0.5, 9.0, float("nan")], "provenance": {"cores": 4}}
+    (paths.RESULTS / "bench.json").write_text(json.dumps({"demo.speed": busy}))
+    assert tables.bench().state[0] == "meets the bar, measured on a busy machine (load 9.0 on 4 cores)"
     (paths.RESULTS / "bench.json").write_text('{"demo.speed": {}}')
     with pytest.raises(InvalidInput, match="bench.json is damaged"):
         tables.bench()
