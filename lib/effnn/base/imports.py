@@ -34,7 +34,7 @@ def files_behind(function: Callable) -> list[Path]:
     """
     start = _source_file(function)
     package = start.parent.relative_to(PACKAGE.parent).parts if start.is_relative_to(PACKAGE) else ()
-    return _closure(_imports(start.read_text(encoding="utf-8"), ".".join(package)), {start})
+    return _closure(_imports_of(start, ".".join(package), *_stamp(start)), {start})
 
 
 def code_digest(function: Callable) -> str:
@@ -52,7 +52,7 @@ def _closure(waiting: list[str], found: set[Path]) -> list[Path]:
         for path, package in _files_of(waiting.pop()):
             if path not in found:
                 found.add(path)
-                waiting += _imports(path.read_text(encoding="utf-8"), package)
+                waiting += _imports_of(path, package, *_stamp(path))
                 found.update(p for p in path.parent.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc", ".md"))
     return sorted(found)
 
@@ -92,6 +92,12 @@ def _imports(source: str, package: str) -> list[str]:
     return [name for name in names if name.split(".")[0] == PACKAGE.name]
 
 
+@functools.lru_cache(maxsize=None)
+def _imports_of(path: Path, package: str, changed: int, size: int) -> list[str]:
+    """The same for a file; `changed` and `size` tell one version from the next."""
+    return _imports(path.read_text(encoding="utf-8"), package)
+
+
 def _files_of(name: str) -> list[tuple[Path, str]]:
     """Files that importing a dotted name reads, each with the package it belongs to; a plain attribute adds none."""
     files, folder, package = [(PACKAGE / "__init__.py", PACKAGE.name)], PACKAGE, PACKAGE.name
@@ -118,7 +124,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @functools.cache
 def _digest(path: Path, changed: int, size: int) -> str:
-    """sha256 of what runs of a file; `changed` and `size` tell one version from the next."""
+    """sha256 of what runs of a file."""
     content = path.read_bytes()
     if path.suffix == ".py":
         try:
