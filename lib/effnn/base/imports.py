@@ -92,7 +92,7 @@ def _imports(source: str, package: str) -> list[str]:
     return [name for name in names if name.split(".")[0] == PACKAGE.name]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _imports_of(path: Path, package: str, changed: int, size: int) -> list[str]:
     """The same for a file; `changed` and `size` tell one version from the next."""
     return _imports(path.read_text(encoding="utf-8"), package)
