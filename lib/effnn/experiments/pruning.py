@@ -358,7 +358,7 @@ def latency_curves(
 
     masks: budget -> masks. All variants take turns in one run on `count` threads. Columns: budget, mac_ratio, dense_ms,
     masked, masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by
-    round).
+    round), load (highest load average).
     """
     model = trained.model
     inputs = random_inputs(model, batch, seq_len)[0]
@@ -385,6 +385,7 @@ def latency_curves(
         for name in ("masked", "shrunk"):
             row |= _share(name, times[f"{name} {budget}"], dense)
         row["speedup"] = float(np.median(dense.over(times[f"shrunk {budget}"])))
+        row["load"] = max(dense.load)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -397,16 +398,17 @@ def speedups(
     seed: int,
     sweep: Sweep,
     *timing: int,
-) -> list[float]:
-    """Dense latency / shrunk latency at one budget, one number for each checkpoint of the first family.
+) -> tuple[list[float], float]:
+    """Dense latency / shrunk latency at one budget, one number for each checkpoint of the first family; and the load.
 
     timing: batch, seq_len and rounds, as in `latency_curves`.
     """
     found = []
     for trained in _of_first_family(checkpoints):
         masks = chosen(frame, task, trained.config, budget, seed, sweep).stages["tune"]
-        found.append(float(latency_curves(trained, {budget: masks}, *timing, sweep.threads).speedup[0]))
-    return found
+        found.append(latency_curves(trained, {budget: masks}, *timing, sweep.threads))
+    measured = pd.concat(found)
+    return measured.speedup.tolist(), float(measured.load.max())
 
 
 def latency_target(
