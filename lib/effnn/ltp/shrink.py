@@ -136,8 +136,8 @@ def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, T
         else:
             parameter = done[id(origin)]  # tied parameters stay tied
         _put(target, name, parameter)
-    for name, _ in list(target.named_buffers()):
-        _put(target, name, source.get_buffer(name).detach().clone())
+    for name, _ in list(target.named_buffers()):  # of an empty map, in `changed`, or the model's own
+        _put(target, name, changed[name] if name in changed else source.get_buffer(name).detach().clone())
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
