@@ -58,9 +58,9 @@ def cut(
 class EmptyLinear(nn.Module):
     """What a linear map without inputs or without outputs computes: its bias, or nothing.
 
-    Not a Linear, so that quantizers, which go by the type, leave it alone. Nothing in it is empty and trained; the empty
-    tensors are buffers, so that a state dict has the keys and shapes of the linear map. weight: (outputs, inputs), one
-    of them 0; the result is (..., outputs).
+    Not a Linear, so that quantizers, which go by the type, leave it alone. Its empty tensors are buffers: a state dict
+    has the keys and shapes of the linear map, and nothing empty is trained. weight: (outputs, inputs), one of them 0;
+    the result is (..., outputs).
     """
 
     def __init__(self, linear: nn.Linear):
