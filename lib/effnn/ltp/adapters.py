@@ -166,13 +166,32 @@ _ADAPTERS: list[Adapter] = [BertAdapter(), DistilBertAdapter(), ViTAdapter()]
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Make a new family known; later registrations are asked first."""
-    _ADAPTERS.insert(0, adapter)
+    """Make a new family known; later registrations are asked first.
+
+    An adapter of a type that is covered already adds a layout: models that it cannot take apart stay with the others.
+    Registering an adapter again, or its class defined anew, takes the place of the first time.
+    """
+
+    def mark(known: Adapter) -> tuple[str, str, str, tuple[str, ...]]:
+        return type(known).__module__, type(known).__qualname__, known.name, tuple(known.model_types)
+
+    _ADAPTERS[:] = [adapter, *(known for known in _ADAPTERS if mark(known) != mark(adapter))]
 
 
-def adapter_for_type(model_type: str | None) -> Adapter | None:
-    """The adapter that covers `model_type`, or None."""
-    return next((adapter for adapter in _ADAPTERS if model_type in adapter.model_types), None)
+def adapter_for_type(model_type: str | None, model: PreTrainedModel | None = None) -> Adapter | None:
+    """The adapter that covers `model_type`, or None; of several, the first that can take `model` apart."""
+    covering = [adapter for adapter in _ADAPTERS if model_type in adapter.model_types]
+    if model is not None and len(covering) > 1:
+        covering.sort(key=lambda adapter: not _takes_apart(adapter, model))
+    return covering[0] if covering else None
+
+
+def _takes_apart(adapter: Adapter, model: PreTrainedModel) -> bool:
+    try:
+        parts = adapter.parts(adapter.layers(model)[0])
+        return all(isinstance(getattr(parts, part), nn.Module) for part in adapter.linear_names)
+    except (AttributeError, LookupError, TypeError):  # what the paths of another layout raise
+        return False
 
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
@@ -180,7 +199,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if getattr(getattr(model, "config", None), "is_decoder", False):
         raise InvalidInput(f"{type(model).__name__} is set up as a decoder; pruning takes encoders only")
-    if adapter := adapter_for_type(model_type):
+    if adapter := adapter_for_type(model_type, model):
         return adapter
     if str(model_type).startswith(PRUNED_PREFIX):
         raise InvalidInput(

@@ -2,13 +2,15 @@
 
 Attention cores infer their number of heads from the width of the projections, so smaller linear maps are enough, except
 where no head is left: there the core is told to compute nothing, which is faster, and empty attention is more than some
-export formats take. FFNs without a filter need no help.
+export formats take. Linear maps that lose all rows or all columns become an `EmptyLinear`, since quantizers take the
+range of their weights and inputs, and a range of nothing gives wrong numbers or ends the process.
 """
 
 import functools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput
@@ -23,7 +25,8 @@ def cut(
 ) -> None:
     """Resize the linear maps of a freshly built dense model in place; the values that remain mean nothing yet.
 
-    A layer without heads computes no attention. InvalidInput if the indices do not fit the model.
+    A layer without heads computes no attention, one without filters no FFN: only the bias of its output map is left.
+    InvalidInput if the indices do not fit the model.
     """
     layers = adapter.layers(model)
     for what, kept in (("kept_heads", kept_heads), ("kept_filters", kept_filters)):
@@ -33,17 +36,53 @@ def cut(
             )
     for index, layer in enumerate(layers):
         parts = adapter.parts(layer)
+        sizes: dict[str, dict[str, int]] = {}
         if kept_heads is not None:
             heads = _checked(kept_heads[index], parts.query.out_features // parts.head_size, f"kept_heads[{index}]")
-            for linear in (parts.query, parts.key, parts.value):
-                _resize(linear, rows=heads * parts.head_size)
-            _resize(parts.out, columns=heads * parts.head_size)
+            width = heads * parts.head_size
+            sizes |= {"out": {"columns": width}}
             if heads == 0:
                 _remove_attention(layer, adapter)
+            else:
+                sizes |= {part: {"rows": width} for part in ("query", "key", "value")}
         if kept_filters is not None:
             filters = _checked(kept_filters[index], parts.fc1.out_features, f"kept_filters[{index}]")
-            _resize(parts.fc1, rows=filters)
-            _resize(parts.fc2, columns=filters)
+            sizes |= {"fc1": {"rows": filters}, "fc2": {"columns": filters}}
+        for part, size in sizes.items():
+            linear = getattr(parts, part)
+            _resize(linear, **size)
+            if linear.weight.numel() == 0:
+                layer.set_submodule(adapter.linear_names[part], EmptyLinear(linear), strict=True)
+
+
+class EmptyLinear(nn.Module):
+    """What a linear map without inputs or without outputs computes: its bias, or nothing.
+
+    Not a Linear, so that quantizers, which go by the type, leave it alone. Its empty tensors are buffers: a state dict
+    has the keys and shapes of the linear map, and nothing empty is trained. weight: (outputs, inputs), one of them 0;
+    the result is (..., outputs).
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", linear.weight.detach())
+        if linear.bias is None or self.out_features:
+            self.register_parameter("bias", linear.bias)
+        else:
+            self.register_buffer("bias", linear.bias.detach())
+        self.train(linear.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # of the graph, so that what comes before it has a gradient: zero
+        nothing = inputs[..., :0]
+        if self.out_features == 0:
+            return nothing
+        zeros = functional.pad(nothing, (0, self.out_features))
+        return zeros if self.bias is None else zeros + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class NoHeads:

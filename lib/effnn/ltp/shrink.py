@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from effnn.base import InvalidInput
 from effnn.ltp.adapters import adapter_for
 from effnn.ltp.masks import Masks, Shape
-from effnn.ltp.pruned_models import PrunedMixin, adapter_of, pruned_class
+from effnn.ltp.pruned_models import PrunedMixin, is_packed, pruned_class
 
 _ROWS = {"query": "heads", "key": "heads", "value": "heads", "fc1": "filters"}
 _COLUMNS = {"out": "heads", "fc2": "filters"}
@@ -28,11 +28,15 @@ def shrink(model: PreTrainedModel, masks: Masks, share: bool = False) -> PreTrai
     Device, dtype, `requires_grad` and train or eval mode are kept. Beyond the small model itself no memory of the size
     of the weights is used. share: parameters that nothing is cut from (embeddings, task head) are not copied but the
     model's own, for a quick look that is thrown away. InvalidInput if the masks do not fit, if the model is pruned
-    already, or if its class has no pruned counterpart.
+    already or quantized, or if its class has no pruned counterpart.
     """
     adapter = adapter_for(model)
+    if is_packed(model):
+        raise InvalidInput(
+            "shrink takes float weights; found quantized ones: shrink first, then quantize what it returns"
+        )
     masks.check(Shape.of(model, adapter))
-    small_class = pruned_class(type(model))
+    small_class = pruned_class(type(model), type(model.config))
     structure = {"kept_heads": masks.kept_heads, "kept_filters": masks.kept_filters}
     small = _skeleton(small_class, _converted(model.config, small_class.config_class, structure))
     names = {module: name for name, module in model.named_modules()}
@@ -64,8 +68,12 @@ def pad(small: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(small, PrunedMixin):
         raise InvalidInput(f"pad takes a pruned model, as effnn.ltp.shrink makes it; found a {type(small).__name__}")
+    if is_packed(small):
+        raise InvalidInput(
+            "pad takes float weights; found quantized ones: call pad first, then quantize what it returns"
+        )
     dense = _skeleton(small.dense_class, _converted(small.config, small.config_class.dense_class, {}))
-    adapter = adapter_of(small)
+    adapter = adapter_for(dense)
     names = {module: name for name, module in dense.named_modules()}
     changed: dict[str, Tensor] = {}
     for index, (layer, cut) in enumerate(zip(adapter.layers(dense), adapter.layers(small), strict=True)):
@@ -136,8 +144,8 @@ def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, T
         else:
             parameter = done[id(origin)]  # tied parameters stay tied
         _put(target, name, parameter)
-    for name, _ in list(target.named_buffers()):
-        _put(target, name, source.get_buffer(name).detach().clone())
+    for name, _ in list(target.named_buffers()):  # of an empty map, in `changed`, or the model's own
+        _put(target, name, changed[name] if name in changed else source.get_buffer(name).detach().clone())
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
