@@ -29,7 +29,14 @@ _FAMILIES = {
     "ViT": "image",
 }
 _HEADS = {
-    "text": ("Model", "ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM"),
+    "text": (
+        "Model",
+        "ForSequenceClassification",
+        "ForQuestionAnswering",
+        "ForTokenClassification",
+        "ForMaskedLM",
+        "ForMultipleChoice",
+    ),
     "image": ("Model", "ForImageClassification"),
 }
 _PRUNED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
