@@ -134,6 +134,15 @@ def test_models_without_an_adapter():
         adapter_for(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)))
 
 
+def _first(model):
+    return adapter_for(model).reads_first_token_only(model)
+
+
+def test_heads_that_read_the_first_token():
+    assert _first(FAMILIES["bert"]()[0]) and _first(FAMILIES["vit"]()[0])
+    assert not _first(build("bert", "qa")[0]) and not _first(build("bert", "base")[0])
+
+
 class TinyConfig(PreTrainedConfig):
     model_type = "tiny_test_encoder"
     hidden_size: int = HIDDEN
@@ -190,6 +199,9 @@ class TinyAdapter:
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         return model.blocks
+
+    def reads_first_token_only(self, model: PreTrainedModel) -> bool:
+        return False
 
     def parts(self, layer: nn.Module) -> LayerParts:
         linears = {part: layer.get_submodule(path) for part, path in self.linear_names.items()}

@@ -67,6 +67,9 @@ class Adapter(Protocol):
     def parts(self, layer: nn.Module) -> LayerParts:
         """One layer taken apart."""
 
+    def reads_first_token_only(self, model: PreTrainedModel) -> bool:
+        """Whether the task head reads only position 0 of the last layer; False is always safe."""
+
 
 class BertAdapter:
     """BERT and the encoders whose layers are built like BERT's. Post-norm."""
@@ -94,6 +97,9 @@ class BertAdapter:
             norm_after_attention=layer.attention.output.LayerNorm,
             norm_after_ffn=layer.output.LayerNorm,
         )
+
+    def reads_first_token_only(self, model: PreTrainedModel) -> bool:
+        return type(model).__name__.endswith("ForSequenceClassification")
 
 
 class DistilBertAdapter:
@@ -123,6 +129,9 @@ class DistilBertAdapter:
             norm_after_ffn=layer.output_layer_norm,
         )
 
+    def reads_first_token_only(self, model: PreTrainedModel) -> bool:
+        return type(model).__name__.endswith("ForSequenceClassification")
+
 
 class ViTAdapter:
     """Vision Transformer: pre-norm, the residual stream itself is never normalised inside a layer."""
@@ -150,6 +159,9 @@ class ViTAdapter:
             norm_before_attention=layer.layernorm_before,
             norm_before_ffn=layer.layernorm_after,
         )
+
+    def reads_first_token_only(self, model: PreTrainedModel) -> bool:
+        return type(model).__name__.endswith("ForImageClassification")
 
 
 _ADAPTERS: list[Adapter] = [BertAdapter(), DistilBertAdapter(), ViTAdapter()]

@@ -10,7 +10,6 @@ order of the entries.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +131,8 @@ def _bytes(value: object, mask: object, row: int) -> object:
 
 
 def _is_array(value: object) -> bool:
-    return isinstance(value, (Tensor, np.ndarray))
+    """A tensor, or another library's array (NumPy's), told by what it can do."""
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "ndim"))
 
 
 def _is_container(value: object) -> bool:

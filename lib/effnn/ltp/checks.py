@@ -9,9 +9,9 @@ model could not make a loss of it.
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -99,7 +99,7 @@ def check_rebuilt(model: PreTrainedModel, small: PreTrainedModel, batch: object,
 
     one, other = value(model), value(small)
     close = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if abs(one - other) <= close * max(abs(one), abs(other), 1e-3) or not np.isfinite(one):
+    if abs(one - other) <= close * max(abs(one), abs(other), 1e-3) or not math.isfinite(one):
         return
     if value(model) != one:
         return  # a loss that is drawn anew at each call says nothing
@@ -137,7 +137,7 @@ def _iterator(loader: object) -> Iterator[object]:
             f"the calibration loader is one batch (a {type(loader).__name__} of {sorted(map(str, loader))}): expected "
             "an iterable of batches, for example [batch] or a DataLoader"
         )
-    if isinstance(loader, (str, bytes, Tensor, np.ndarray)):
+    if isinstance(loader, (str, bytes, Tensor)):
         raise InvalidInput(f"the calibration loader is a {type(loader).__name__}: expected an iterable of batches")
     try:
         return iter(loader)
@@ -179,6 +179,7 @@ def check_batch(
             )
         if labels == "data" and not _has_labels(model, batch):
             raise InvalidInput(missing_labels(model, batch))
+        _check_build(model, batch, where)
     _check_tokens(model, batch, where)
     if loss is None and labels == "data":
         _check_labels(model, batch, where)
@@ -194,6 +195,16 @@ def _has_labels(model: PreTrainedModel, batch: Mapping) -> bool:
     if "start_positions" in taken:
         return {"start_positions", "end_positions"} <= given
     return not taken or bool(given & taken)
+
+
+def _check_build(model: PreTrainedModel, batch: Mapping, where: str) -> None:
+    """Sequences where the head wants sequences, choices of sequences where it wants those."""
+    ids, choices = batch.get("input_ids"), type(model).__name__.endswith("ForMultipleChoice")
+    if isinstance(ids, Tensor) and ids.dim() != (3 if choices else 2):
+        axes = "(rows, choices, tokens)" if choices else "(rows, tokens)"
+        raise InvalidInput(
+            f"input_ids of {where} are of shape {tuple(ids.shape)}: {type(model).__name__} expects {axes}"
+        )
 
 
 def _check_tokens(model: PreTrainedModel, batch: Mapping, where: str) -> None:
@@ -250,8 +261,15 @@ def _check_labels(model: PreTrainedModel, batch: Mapping, where: str) -> None:
                 f"{expected}, one 0 or 1 for each of the labels that a row may have"
             )
         return
-    if not chooses_by_row and not head.endswith(("ForTokenClassification", "ForMaskedLM", "ForMultipleChoice")):
+    chooses_by_token = head.endswith(("ForTokenClassification", "ForMaskedLM"))
+    if not chooses_by_row and not chooses_by_token and not head.endswith("ForMultipleChoice"):
         return
+    tokens = main_input(batch).shape[:2]
+    if chooses_by_token and found.shape != tokens:
+        raise InvalidInput(
+            f"labels of {where} are of shape {tuple(found.shape)}: {head} expects one a token, {tuple(tokens)} (-100 "
+            "for tokens without a label)"
+        )
     if found.dtype != torch.long:
         raise InvalidInput(
             f"labels of {where} are {found.dtype}: expected classes as torch.int64, batch['labels'].long() (a model "

@@ -67,8 +67,8 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
             raise
         raise InvalidInput(
-            f"{type(model).__name__} does not run on {where} ({described(batch)}): {type(error).__name__}: {error}. "
-            "Expected a batch on which model(**batch) runs"
+            f"{type(model).__name__} does not run on {where} ({described(batch)}), expected a batch on which "
+            f"model(**batch) runs: {type(error).__name__}: {error}"
         ) from error
     value = getattr(output, "loss", None)
     if value is None:

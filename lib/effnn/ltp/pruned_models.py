@@ -50,6 +50,8 @@ class PrunedMixin:
     """The stock class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        if not getattr(config, "add_pooling_layer", True):  # an encoder that was built without one
+            kwargs.setdefault("add_pooling_layer", False)
         super().__init__(config, *args, **kwargs)
         cut(self, adapter_of(self), config.kept_heads, config.kept_filters)
 
