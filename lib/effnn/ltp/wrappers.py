@@ -26,7 +26,8 @@ _ADDED_WEIGHTS = {
     "weight_orig": "weights masked by torch.nn.utils.prune",
 }
 _WAYS_OUT = {
-    "lora_": "merge them into the weights first: peft's PeftModel.merge_and_unload() gives the plain model back",
+    "lora_": "merge them into the weights first: merge_and_unload() of the PeftModel gives the plain model back (of an "
+    "adapter that was saved alone: PeftModel.from_pretrained(dense_model, folder).merge_and_unload())",
     "adapter": "prune the model without them, or merge them into its weights first",
     "_orig_mod.": "prune the model with its own parts (part._orig_mod) and compile the result",
     "parametrizations.": "make them plain first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
