@@ -25,7 +25,7 @@ from effnn.ltp.pruned_models import pruned_class
 from effnn.ltp.shrink import shrink
 from effnn.ltp.wrappers import added_weights, inner_encoder, linear_refusal
 
-COMPARED_ROWS = 4
+COMPARED_ROWS = 2
 """Rows of the first batch on which the rebuilt model must agree with the model."""
 
 
