@@ -12,8 +12,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from effnn.base import InvalidInput
+from effnn.ltp.wrappers import inner_encoder, refusal
 
 PRUNED_PREFIX = "effnn_pruned_"
 """Model types of pruned models begin with it."""
@@ -195,22 +197,39 @@ def _takes_apart(adapter: Adapter, model: PreTrainedModel) -> bool:
 
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
-    """The adapter that covers `model`; InvalidInput names the ones there are if none does."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if getattr(getattr(model, "config", None), "is_decoder", False):
-        raise InvalidInput(f"{type(model).__name__} is set up as a decoder; pruning takes encoders only")
-    if adapter := adapter_for_type(model_type, model):
+    """The adapter that covers `model`; InvalidInput says what else was found, and the way from it to such a model."""
+    if reason := refusal(model, _covers):
+        raise InvalidInput(reason)
+    config, name = model.config, type(model).__name__
+    if getattr(config, "is_decoder", False):
+        raise InvalidInput(f"{name} is set up as a decoder; pruning takes encoders only")
+    if adapter := adapter_for_type(config.model_type, model):
         return adapter
-    if str(model_type).startswith(PRUNED_PREFIX):
+    if str(config.model_type).startswith(PRUNED_PREFIX):
         raise InvalidInput(
-            f"{type(model).__name__} is pruned already, its layers differ in size: start from the dense model instead "
+            f"{name} is pruned already, its layers differ in size: start from the dense model instead "
             "(effnn.ltp.pad gives a zero-filled dense model back)"
         )
+    if inside := inner_encoder(model, _covers):
+        raise InvalidInput(
+            f"no adapter covers {name} as a whole (model type {config.model_type!r}), but one covers {inside} inside: "
+            "pass that, with a loss=... of your own that does what the model does around it"
+        )
     known = "; ".join(f"{adapter.name} ({', '.join(adapter.model_types)})" for adapter in _ADAPTERS)
+    kind = ""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "it is an encoder-decoder, and pruning takes encoders only. "
+    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = "it is a decoder, and pruning takes encoders only. "
     raise InvalidInput(
-        f"no adapter covers {type(model).__name__} (model type {model_type!r}). The adapters are: {known}. "
+        f"no adapter covers {name} (model type {config.model_type!r}): {kind}The adapters are: {known}. "
         "For another encoder write an adapter (effnn.ltp.Adapter) and pass it to effnn.ltp.register_adapter."
     )
+
+
+def _covers(model: PreTrainedModel) -> bool:
+    decoder = getattr(model.config, "is_decoder", False)
+    return not decoder and adapter_for_type(model.config.model_type) is not None
 
 
 def _linears(layer: nn.Module, names: dict[str, str]) -> dict[str, nn.Linear]:

@@ -9,10 +9,10 @@ pass, row by row. Gradients of single rows ("sample") therefore cost nothing ove
 The same pass keeps what enters the first layer, for mask tuning, and sets aside held-out rows. The loader is read once.
 """
 
+import inspect
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, release_free_memory
 from effnn.ltp.adapters import Adapter, adapter_for
+from effnn.ltp.batches import row_count, sequences_per_row, to_device
+from effnn.ltp.checks import check_model, checked_batches
+from effnn.ltp.held_out import KeptRows, LayerInput
+from effnn.ltp.losses import ChanceLoss, Loss, drawn_labels, label_counts, mean_loss
 from effnn.ltp.masks import Shape
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label that transformers' losses leave out."""
 
 NEAR_CHANCE = 0.9
 """A calibration loss above this share of a constant predictor's loss is reported as a model that was not fine-tuned."""
@@ -36,30 +37,15 @@ LARGE = 64 << 20
 """Bytes of hidden states of one mini-batch, all layers together, from which freed memory is returned at once."""
 
 
-@dataclass(frozen=True)
-class LayerInput:
-    """What one mini-batch gives the first layer, and which of its rows and tokens count.
-
-    states: (B, S, d), on the CPU where they were offloaded. attention_mask: as the model passes it to its layers (None
-    where there is nothing to mask). live: (B, S) bool, False at padding. held_out: the number of rows, at
-    the end of the batch, kept out of tuning.
-    """
-
-    states: Tensor
-    attention_mask: Tensor | None
-    live: Tensor
-    held_out: int
-
-
 @dataclass
 class Calibration:
     """What one pass over the calibration rows gives.
 
     head_gradients: (N, L, H), filter_gradients: (N, L, F), float32 on the CPU; N is the number of mini-batches, or of
-    rows with fisher="sample" (2048 rows of a BERT-base take 300 MB then). loss: mean loss over mini-batches.
-    chance_loss: loss of the best constant predictor on the same labels, None where it is not known. mean_length: live
-    tokens a row. inputs: one `LayerInput` a mini-batch (empty unless asked for). held_out_batches: model inputs of the
-    held-out rows.
+    rows with fisher="sample" (2048 rows of a BERT-base take 300 MB then). Batches without any label are left out of
+    all of this. loss: mean loss over mini-batches. chance_loss: loss of the best constant predictor on the same labels,
+    None where it is not known. mean_length: live tokens a sequence. inputs: one `LayerInput` a forward pass (empty
+    unless asked for). held_out_batches: what the loss is taken on for the held-out rows.
     """
 
     head_gradients: Tensor
@@ -69,7 +55,7 @@ class Calibration:
     mean_length: float
     rows: int
     inputs: list[LayerInput] = field(default_factory=list)
-    held_out_batches: list[dict[str, Tensor]] = field(default_factory=list)
+    held_out_batches: list[object] = field(default_factory=list)
 
     @property
     def head_importance(self) -> Tensor:
@@ -93,6 +79,7 @@ def calibrate(
     offload: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     on_batch=lambda: None,
+    loss: Loss | None = None,
 ) -> Calibration:
     """Run the calibration rows through the frozen model, forward and backward; returns a `Calibration`.
 
@@ -100,16 +87,18 @@ def calibrate(
     its own order. labels: "data" takes them from the loader (empirical Fisher); "model" draws them from the model's own
     prediction (true Fisher, no labels needed; classification only). autocast: torch.bfloat16 runs the forward in it.
     offload: what enters the first layer waits on the CPU in this dtype.
-    Raises InvalidInput for a model in training mode, an empty loader, missing labels, a loss that is not finite.
+
+    loss: `loss(model, batch)` instead of the model's own; it returns the mean loss of the batch, and must call the
+    model that it is given. Batches may then be of any build (batches.py); what weighs how much is told in losses.py.
+    It may call the model several times, row i of each call being row i of the batch; where a call has other
+    numbers of rows, fisher="sample" is refused and held-out batches are whole ones.
+
+    Raises InvalidInput for a model or batch that checks.py refuses, an empty loader, missing labels, a loss that is not
+    finite.
     """
-    if any(module.training for module in model.modules()):
-        raise InvalidInput(
-            "the model is in training mode, so dropout would enter the Fisher information: call model.eval()"
-        )
+    check_model(model, labels, loss)
     if fisher not in ("batch", "sample"):
         raise InvalidInput(f'fisher={fisher!r}: expected "batch" or "sample"')
-    if labels not in ("data", "model"):
-        raise InvalidInput(f'labels={labels!r}: expected "data" or "model"')
     if not 0 <= holdout < 1:
         raise InvalidInput(f"holdout={holdout}: expected a share from 0 up to, but not including, 1")
     adapter = adapter_for(model)
@@ -117,49 +106,57 @@ def calibrate(
     device = next(model.parameters()).device
     collected = _Collected(shape)
     heads, filters, losses = [], [], []
-    kept = _KeptRows(holdout)
-    chance, tokens, rows = _ChanceLoss(model), 0, 0
-    with _frozen(model), _probes(model, adapter, collected):
-        for index, batch in enumerate(loader):
-            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    kept = KeptRows(holdout)
+    chance, tokens, sequences, rows = ChanceLoss(), 0, 0, 0
+    with _frozen(model), _probes(model, adapter, collected) as anchor, _eager(model):
+        for index, batch in enumerate(checked_batches(model, loader, labels, loss)[1]):
+            size, where = row_count(batch), f"calibration batch {index}"
+            counts = label_counts(model, batch, size) if labels == "data" else torch.ones(size, dtype=torch.long)
+            if not counts.any():
+                log.warning("%s is left out: it has no label that counts", where)
+                on_batch()
+                continue
+            batch = to_device(batch, device)
             collected.start()
             with torch.enable_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                loss, batch = _loss(model, batch, labels, generator)
-            states, mask = collected.first_layer_input
-            counted = counted_rows(batch)
-            if counted == 0:
-                log.warning("calibration batch %d is left out: all of its labels are to be ignored", index)
-                continue
-            if not torch.isfinite(loss):
-                raise InvalidInput(
-                    f"the loss of calibration batch {index} is {loss.item()}: check the inputs and weights for "
-                    "NaN or infinity, and whether the number format of the model is wide enough"
-                )
-            loss.backward()
+                if labels == "model":
+                    value, batch = drawn_labels(model, batch, generator, where)
+                else:
+                    value = mean_loss(model, batch, loss, where)
+            collected.check(value, where)
+            value.backward(inputs=[anchor])  # weights of the caller's own, outside the model, collect nothing
             head_rows, filter_rows = collected.gradients()
-            # rows hold gradients of the batch's mean loss: their sum is the batch's; times the rows that count, a row's
-            heads.append(head_rows.sum(0, keepdim=True) if fisher == "batch" else head_rows * counted)
-            filters.append(filter_rows.sum(0, keepdim=True) if fisher == "batch" else filter_rows * counted)
-            live = _live_tokens(batch, states)
-            losses.append(loss.item())
-            chance.add(batch, live)
-            tokens, rows = tokens + int(live.sum()), rows + len(states)
-            states = states if offload is None else states.to("cpu", offload)
-            kept.add(batch, states if keep_inputs else None, mask, live)
-            del loss
-            if device.type == "cpu" and states.nbytes * shape.layers >= LARGE:
+            if fisher == "sample":
+                # rows hold gradients of the batch's mean loss, a mean over all labels; a row's own mean is over its own
+                weight = torch.where(counts > 0, counts.sum() / counts.clamp(min=1), 0)[:, None, None]
+                head_rows, filter_rows = (_by_row(found, batch, size) * weight for found in (head_rows, filter_rows))
+            else:
+                head_rows, filter_rows = head_rows.sum(0, keepdim=True), filter_rows.sum(0, keepdim=True)
+            heads.append(head_rows)
+            filters.append(filter_rows)
+            losses.append(value.item())
+            live = [live for _, _, live in collected.passes]
+            chance.add(model, batch, size, live[0])
+            tokens += sum(int(one.sum()) for one in live)
+            sequences, rows = sequences + sum(len(one) for one in live), rows + size
+            passes = collected.passes
+            large = device.type == "cpu" and passes[0][0].nbytes * shape.layers >= LARGE
+            if offload is not None:
+                passes = [(states.to("cpu", offload), mask, live) for states, mask, live in passes]
+            kept.add(batch, passes, keep_inputs, collected.first_only and collected.heads[-1] is not None)
+            del value, passes
+            collected.passes = []
+            if large:
                 release_free_memory()  # so that the peak stays that of one mini-batch
             on_batch()
     if not losses:
-        raise InvalidInput(
-            "the calibration loader is empty: expected at least one mini-batch, usually 2048 rows in all"
-        )
+        raise InvalidInput("no calibration batch has a label that counts: all of them are to be ignored (-100)")
     result = Calibration(
         torch.cat(heads),
         torch.cat(filters),
         sum(losses) / len(losses),
-        chance.value(),
-        tokens / rows,
+        chance.value() if loss is None else None,
+        tokens / sequences,
         rows,
         *kept.result(),
     )
@@ -167,7 +164,7 @@ def calibrate(
         raise InvalidInput(
             "gradients of the masks are not finite: the number format of the model is too narrow, try bfloat16"
         )
-    if result.chance_loss is not None and result.loss > NEAR_CHANCE * result.chance_loss:
+    if result.chance_loss is not None and chance.enough() and result.loss > NEAR_CHANCE * result.chance_loss:
         log.warning(
             "the calibration loss %.4f is near the %.4f of a constant prediction: was this model fine-tuned on its "
             "task? Pruning follows the loss, so the result would mean little.",
@@ -177,68 +174,17 @@ def calibrate(
     return result
 
 
-def counted_rows(batch: Mapping[str, Tensor]) -> int:
-    """Rows of the batch that its mean loss counts: not those labelled -100, nor answers outside the window."""
-    if "start_positions" in batch:
-        window = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-        return int((batch["start_positions"] < window.shape[1]).sum())
-    labels = batch.get("labels")
-    if labels is None or labels.is_floating_point() or labels.dim() != 1:
-        return len(next(iter(batch.values())))
-    return int((labels != IGNORED).sum())
-
-
-class _KeptRows:
-    """What is kept of every mini-batch: the first layer's input, and the held-out rows at its end.
-
-    Calibration rows are drawn with replacement, so a held-out row may stand among the fitted ones too; it would not be
-    unseen then, and is dropped from both sides of the judgement (its tokens are marked as not live).
-    """
-
-    def __init__(self, holdout: float):
-        self.holdout, self.owed, self.fitted = holdout, 0.0, 0
-        self.inputs: list[LayerInput] = []
-        self.held_out: list[tuple[dict[str, Tensor], list[int], Tensor]] = []
-        self.seen: set[int] = set()
-
-    def add(self, batch: dict[str, Tensor], states: Tensor | None, mask: Tensor | None, live: Tensor) -> None:
-        size = len(live)
-        self.owed += self.holdout * size
-        count = min(int(self.owed), size if self.fitted else size - 1)
-        self.owed -= count
-        self.fitted += size - count
-        if states is not None:
-            self.inputs.append(LayerInput(states, mask, live.clone(), count))
-        if self.holdout == 0:
-            return
-        keys = _row_keys(batch, live)
-        self.seen.update(keys[: size - count])
-        if count:
-            last = {name: value[size - count :] for name, value in batch.items()}
-            own_live = self.inputs[-1].live if states is not None else live.clone()
-            self.held_out.append((last, keys[size - count :], own_live[size - count :]))
-
-    def result(self) -> tuple[list[LayerInput], list[dict[str, Tensor]]]:
-        batches = []
-        for batch, keys, live in self.held_out:
-            fresh = [row for row, key in enumerate(keys) if key not in self.seen]
-            repeated = [row for row, key in enumerate(keys) if key in self.seen]
-            live[repeated] = False  # a view into its LayerInput
-            if fresh:
-                batches.append({name: value[fresh] for name, value in batch.items()})
-        if self.holdout and self.inputs and not batches:
-            log.warning("no row could be held out: tuning is judged on the rows that it is fitted to")
-        return self.inputs, batches
-
-
-def _row_keys(batch: dict[str, Tensor], live: Tensor) -> list[int]:
-    """One hash a row, over its live tokens (or its pixels)."""
-    inputs = next(batch[name] for name in ("input_ids", "pixel_values", "inputs_embeds") if name in batch).cpu()
-    rows = live.cpu()
-    return [
-        hash((inputs[i][rows[i]] if inputs.dim() == 2 else inputs[i]).float().numpy().tobytes())
-        for i in range(len(rows))
-    ]
+def _by_row(found: Tensor, batch: object, rows: int) -> Tensor:
+    """Gradients (B, L, n) of sequences, summed over those of each row: (rows, L, n)."""
+    several = sequences_per_row(batch)
+    if len(found) == rows and several == 1:
+        return found
+    if len(found) != rows * several:
+        raise InvalidInput(
+            f'fisher="sample" needs one sequence a row: the batch has {rows} rows, and loss(model, batch) ran the '
+            f'model on {len(found)}. Call the model once for each input of a row, or pass fisher="batch"'
+        )
+    return found.unflatten(0, (rows, several)).sum(1)
 
 
 class _Probe(torch.autograd.Function):
@@ -258,22 +204,49 @@ class _Probe(torch.autograd.Function):
 
 
 class _Collected:
-    """Row gradients of one mini-batch, filled in by the probes during its backward pass."""
+    """Gradients of one mini-batch, sequence by sequence, filled in by the probes during its backward pass.
+
+    passes: hidden states and mask that enter the first layer, and live tokens, of every forward pass of the encoder.
+    first_only: whether the loss depends on no other position of the last layer than position 0.
+    """
 
     def __init__(self, shape: Shape):
         self.shape = shape
         self.heads: list[Tensor | None] = []
         self.filters: list[Tensor | None] = []
-        self.first_layer_input: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
+        self.passes: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self.padding_mask: Tensor | None = None
+        self.first_only = True
 
     def start(self) -> None:
         self.heads = [None] * self.shape.layers
         self.filters = [None] * self.shape.layers
+        self.passes, self.padding_mask, self.first_only = [], None, True
+
+    def enter(self, states: Tensor, mask: Tensor | None) -> None:
+        """A forward pass begins: what enters the first layer."""
+        self.passes.append((states.detach(), mask, _live_tokens(self.padding_mask, states)))
+        self.padding_mask = None
+
+    def check(self, loss: Tensor, where: str) -> None:
+        """InvalidInput unless the loss is a finite number that came from the model."""
+        if not self.passes or not loss.requires_grad:
+            raise InvalidInput(
+                f"no gradient leads from the loss of {where} to the model's encoder: loss(model, batch) must return "
+                "what it computed from the model's output, without torch.no_grad, detach or item"
+            )
+        if not torch.isfinite(loss):
+            raise InvalidInput(
+                f"the loss of {where} is {loss.item()}: check the inputs and weights for "
+                "NaN or infinity, and whether the number format of the model is wide enough"
+            )
 
     def head_sink(self, layer: int):
         def sink(activation: Tensor, gradient: Tensor) -> None:
             products = (activation.float() * gradient.float()).sum(1)
             _add_at(self.heads, layer, products.unflatten(-1, (self.shape.heads, self.shape.head_size)).sum(-1).cpu())
+            if layer == self.shape.layers - 1 and self.first_only:
+                self.first_only = not bool(gradient[:, 1:].any())
 
         return sink
 
@@ -284,39 +257,81 @@ class _Collected:
         return sink
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """(B, L, H) and (B, L, F)."""
-        return torch.stack(self.heads, 1), torch.stack(self.filters, 1)
+        """(B, L, H) and (B, L, F); zero for a layer that the loss does not depend on."""
+        return _stacked(self.heads, self.shape.heads), _stacked(self.filters, self.shape.filters)
 
 
 def _add_at(values: list[Tensor | None], place: int, value: Tensor) -> None:
-    """Add up: a model that runs its FFN in chunks of the sequence passes a probe once a chunk."""
-    values[place] = value if values[place] is None else values[place] + value
+    """Add up: an FFN run in chunks of the sequence passes a probe once a chunk, a model called twice once a call.
+
+    Calls of different numbers of sequences have their sum in common only.
+    """
+    other = values[place]
+    if other is None:
+        values[place] = value
+    elif len(other) == len(value):
+        values[place] = other + value
+    else:
+        values[place] = other.sum(0, keepdim=True) + value.sum(0, keepdim=True)
+
+
+def _stacked(values: list[Tensor | None], width: int) -> Tensor:
+    sizes = {len(value) for value in values if value is not None}
+    if len(sizes) > 1:  # layers that were run on different numbers of sequences
+        values = [value if value is None else value.sum(0, keepdim=True) for value in values]
+    size = 1 if len(sizes) > 1 else max(sizes, default=1)
+    return torch.stack([torch.zeros(size, width) if value is None else value for value in values], 1)
 
 
 @contextmanager
-def _probes(model: PreTrainedModel, adapter: Adapter, collected: _Collected) -> Iterator[None]:
+def _probes(model: PreTrainedModel, adapter: Adapter, collected: _Collected) -> Iterator[Tensor]:
+    """Hooks that fill `collected`; yields the tensor at which backward passes may end."""
     device = next(model.parameters()).device
     anchor = torch.zeros(1, device=device, requires_grad=True)
+    encoder = model.base_model
+    signature = inspect.signature(encoder.forward)
 
     def probe(sink):
         return lambda module, inputs: (_Probe.apply(inputs[0], anchor, sink), *inputs[1:])
 
+    def keep_padding_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        collected.padding_mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
+
     def keep_first_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         states = kwargs.get("hidden_states", args[0] if args else None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        collected.first_layer_input = (states.detach(), mask)
+        collected.enter(states, mask)
 
     layers = adapter.layers(model)
-    handles = [layers[0].register_forward_pre_hook(keep_first_input, with_kwargs=True)]
+    handles = [
+        encoder.register_forward_pre_hook(keep_padding_mask, with_kwargs=True),
+        layers[0].register_forward_pre_hook(keep_first_input, with_kwargs=True),
+    ]
     try:
         for index, layer in enumerate(layers):
             parts = adapter.parts(layer)
             handles.append(parts.out.register_forward_pre_hook(probe(collected.head_sink(index))))
             handles.append(parts.fc2.register_forward_pre_hook(probe(collected.filter_sink(index))))
-        yield
+        yield anchor
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _live_tokens(mask: Tensor | None, states: Tensor) -> Tensor:
+    """(B, S) bool: the positions that are not padding, by the attention mask that the encoder was called with.
+
+    The mask is (B, S), or (B, ..., queries, S), boolean or added to the scores; a position is live if any query may
+    attend to it. All are live without a mask.
+    """
+    rows, length = states.shape[:2]
+    if isinstance(mask, Tensor) and mask.shape[-1] == length:
+        live = mask.bool() if mask.dim() == 2 or not mask.is_floating_point() else mask > -1e3
+        live = live.flatten(1, -2).any(1) if live.dim() > 2 else live
+        if len(live) in (1, rows):
+            return live.expand(rows, length).to(states.device)
+    return torch.ones(rows, length, dtype=torch.bool, device=states.device)
 
 
 @contextmanager
@@ -332,59 +347,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], labels: str, generator: torch.Generator | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The model's own mean loss over the batch, and the batch with the labels that it was taken on."""
-    if labels == "model":
-        batch = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
-        logits = getattr(model(**batch), "logits", None)
-        several = getattr(model.config, "problem_type", None) == "multi_label_classification"
-        if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or several:
-            raise InvalidInput('labels="model" needs a classification head that chooses one of at least two classes')
-        chances = logits.detach().float().softmax(-1)
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
-        return nn.functional.cross_entropy(logits.float(), drawn), batch | {"labels": drawn}
-    output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        raise InvalidInput(
-            f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): "
-            'expected "labels" for classification or "start_positions" and "end_positions" for question answering. '
-            'Without labels, pass labels="model"'
-        )
-    return loss.float(), batch
-
-
-def _live_tokens(batch: dict[str, Tensor], states: Tensor) -> Tensor:
-    mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    return mask.bool()
-
-
-class _ChanceLoss:
-    """Loss of the best constant predictor: label entropy, label variance, or log of the length for answer spans."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.regression = getattr(model.config, "num_labels", None) == 1 or model.config.problem_type == "regression"
-        self.labels: list[Tensor] = []
-        self.lengths: list[Tensor] = []
-
-    def add(self, batch: dict[str, Tensor], live: Tensor) -> None:
-        if "labels" in batch:
-            self.labels.append(batch["labels"].detach().cpu())
-        elif "start_positions" in batch:
-            self.lengths.append(live.sum(1).cpu())
-
-    def value(self) -> float | None:
-        if self.lengths:
-            return math.log(torch.cat(self.lengths).double().mean().item())
-        if not self.labels or self.labels[0].dim() != 1:
-            return None
-        labels = torch.cat(self.labels)
-        if self.regression or labels.is_floating_point():
-            return labels.double().var(correction=0).item()
-        share = torch.bincount(labels[labels != IGNORED]).double()
-        share = share[share > 0] / share.sum()
-        return -(share * share.log()).sum().item()
+def _eager(model: PreTrainedModel) -> AbstractContextManager:
+    """A model compiled in place (`model.compile()`) runs as it is written: compiled code does not see the probes."""
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -114,4 +114,6 @@ def random_inputs(model: PreTrainedModel, batch: int, seq_len: int, count: int =
     if padding is not None:
         ids[ids == padding] = (padding + 1) % config.vocab_size
     mask = torch.ones(batch, seq_len, dtype=torch.long, device=model.device)
+    if type(model).__name__.endswith("ForMultipleChoice"):  # (rows, choices, tokens); a row of one choice is a sequence
+        ids, mask = ids.unsqueeze(2), mask.unsqueeze(1)
     return [{"input_ids": one, "attention_mask": mask} for one in ids.to(model.device)]

@@ -24,14 +24,16 @@ from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, PeakMemory
 from effnn.ltp.adapters import adapter_for
+from effnn.ltp.checks import check_model, check_rebuilt, checked_batches, rebuilt
 from effnn.ltp.export import export_padded
-from effnn.ltp.fisher import Calibration, calibrate, counted_rows
+from effnn.ltp.fisher import Calibration, calibrate
+from effnn.ltp.held_out import held_out_loss
 from effnn.ltp.latency import search_latency
 from effnn.ltp.latency_measure import compare_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
+from effnn.ltp.losses import Loss
 from effnn.ltp.macs import MacCost, Macs, search_macs
 from effnn.ltp.masks import Masks, Shape
-from effnn.ltp.pruned_models import pruned_class
 from effnn.ltp.rearrange import rearrange as rearrange_mask
 from effnn.ltp.shrink import shrink
 from effnn.ltp.tune import LayerTuning, tune_masks
@@ -43,8 +45,8 @@ log = logging.getLogger(__name__)
 class Stage:
     """One stage: its name, seconds, share of the dense MACs, kept units layer by layer, and held-out loss.
 
-    loss: the model's own loss on the held-out calibration rows under this stage's masks, None where nothing is held
-    out. latency_ms: predicted from the table, with a latency target only.
+    loss: mean loss a label on the held-out calibration rows under this stage's masks, None where nothing is held out.
+    latency_ms: predicted from the table, with a latency target only.
     """
 
     name: str
@@ -70,11 +72,11 @@ class LatencyCheck:
 class PruneReport:
     """What was done, stage by stage and layer by layer.
 
-    calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's. dense_loss: the dense
-    model's on the held-out rows. tuning_accepted: False if the held-out loss rose and the scales were dropped.
-    latency: with a latency target, ms of the dense and of the pruned model, predicted by the table and measured at the
-    end, the two models in turn (median). peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident
-    set), None if not measured.
+    calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's, None where it is not
+    known (always with a loss of one's own). dense_loss: the dense model's on the held-out rows. tuning_accepted:
+    False if the held-out loss rose and the scales were dropped. latency: with a latency target, ms of the dense and of
+    the pruned model, predicted by the table and measured at the end, the two models in turn (median). peak_bytes:
+    memory above the level at the call (GPU: allocator; CPU: resident set), None if not measured.
     """
 
     target: Macs | Latency
@@ -130,6 +132,7 @@ def prune(
     *,
     fisher: str = "batch",
     labels: str = "data",
+    loss: Loss | None = None,
     rearrange: bool = True,
     tune: bool = True,
     solver: str = "ridge",
@@ -144,31 +147,38 @@ def prune(
 ) -> PruneResult:
     """Prune a fine-tuned encoder to a budget without retraining; returns a `PruneResult`, `model` stays as it is.
 
-    model: BERT, RoBERTa, DistilBERT, ELECTRA or ViT with its task head, in eval mode, on any device.
+    model: BERT, RoBERTa, DistilBERT, ELECTRA or ViT with its task head, in eval mode, on any device; with `loss` also
+    without a head.
     calibration_loader: mini-batches of model inputs with labels; the paper draws 2048 training rows with replacement.
     Read once, in its own order. target: `Macs(0.6)` or `Latency(0.6, batch=..., seq_len=...)`.
     fisher: "batch" squares gradients of mini-batch means (the paper's code), "sample" those of single rows.
-    labels: "data", or "model" to draw them from the model itself. holdout: share of the rows that tuning is judged on
+    labels: "data", or "model" to draw them from the model itself. loss: loss(model, batch) instead of the model's own,
+    see `calibrate`. holdout: share of the rows that tuning is judged on
     instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to
     use again. autocast: torch.bfloat16 runs the forward passes in it. offload: hidden states of the calibration
     rows wait on the CPU in this dtype, for a GPU too small to hold them (torch.float32, or torch.bfloat16 at half the
     memory). seed: of labels="model" only.
 
-    Raises InvalidInput for: an unsupported architecture, a model in training mode, an empty loader, missing labels, a
-    loss that is not finite, a budget that nothing fits. Warns when the calibration loss is near that of a constant.
+    Raises InvalidInput for: an unsupported architecture, a model in training mode or one that could not be made smaller
+    in the end (all before a batch is read), a first batch that the model has no loss on (before any pass over the
+    others), an empty loader, a loss that is not finite, a budget that nothing fits. Warns when the calibration loss is
+    near that of a constant.
     Source: ltp.md A.2 to A.6.
     """
-    adapter = adapter_for(model)
-    shape = Shape.of(model, adapter)
-    pruned_class(type(model))  # raises for a model that could not be made smaller in the end
     if not isinstance(target, (Macs, Latency)):
         raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
+    check_model(model, labels, loss)
+    shape = Shape.of(model, adapter_for(model))
+    small = rebuilt(model)
+    batches = _length(calibration_loader)
+    first, calibration_loader = checked_batches(model, calibration_loader, labels, loss)
+    check_rebuilt(model, small, first, loss)
+    del small, first
     if isinstance(target, Latency):
         # before the calibration, so that a device that is not here is found at once
         table = table or LatencyTable.measure(model, target, progress=progress)
         table.check(target, model)
     memory = PeakMemory(next(model.parameters()).device)
-    batches = _length(calibration_loader)
     total = None if batches is None else batches + 2 * shape.layers * tune
     with (
         memory if measure_memory else nullcontext(),
@@ -180,6 +190,7 @@ def prune(
             calibration_loader,
             fisher=fisher,
             labels=labels,
+            loss=loss,
             holdout=holdout if tune else 0.0,
             keep_inputs=tune,
             autocast=autocast,
@@ -188,14 +199,20 @@ def prune(
             on_batch=bar.update,
         )
         budget = _Budget(shape, target, calibration, table, round_to)
-        dense_loss = _held_out_loss(model, calibration)
+
+        def held(masks: Masks) -> float | None:
+            if not calibration.held_out_batches:
+                return None
+            return held_out_loss(shrink(model, masks, share=True), calibration.held_out_batches, loss)
+
+        dense_loss = held_out_loss(model, calibration.held_out_batches, loss)
         stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
 
         bar.set_description("search")
         kept = {"search": budget.search(target)}
         teacher = budget.search(target.relaxed()) if tune else None
-        loss = _held_out_loss(model, calibration, kept["search"])
-        stages.append(_stage("search", clock, budget, kept["search"], loss))
+        held_loss = held(kept["search"])
+        stages.append(_stage("search", clock, budget, kept["search"], held_loss))
 
         if rearrange:
             bar.set_description("rearrange")
@@ -204,8 +221,8 @@ def prune(
                 rearrange_mask(calibration.head_gradients, searched.heads),
                 rearrange_mask(calibration.filter_gradients, searched.filters),
             )
-            loss = _held_out_loss(model, calibration, kept["rearrange"])
-            stages.append(_stage("rearrange", clock, budget, kept["rearrange"], loss))
+            held_loss = held(kept["rearrange"])
+            stages.append(_stage("rearrange", clock, budget, kept["rearrange"], held_loss))
 
         layers, accepted = [], None
         if tune:
@@ -221,12 +238,14 @@ def prune(
                 offload=offload,
                 on_step=bar.update,
             )
-            tuned_loss = _held_out_loss(model, calibration, tuned)
-            accepted = tuned_loss is None or tuned_loss <= loss
+            tuned_loss = held(tuned)
+            accepted = tuned_loss is None or tuned_loss <= held_loss
             if not accepted:
-                log.warning("tuned scales raise the held-out loss from %.4f to %.4f and are dropped", loss, tuned_loss)
+                log.warning(
+                    "tuned scales raise the held-out loss from %.4f to %.4f and are dropped", held_loss, tuned_loss
+                )
             kept["tune"] = tuned if accepted else before
-            stages.append(_stage("tune", clock, budget, kept["tune"], tuned_loss if accepted else loss))
+            stages.append(_stage("tune", clock, budget, kept["tune"], tuned_loss if accepted else held_loss))
     masks = list(kept.values())[-1]
     report = PruneReport(
         target=target,
@@ -276,18 +295,6 @@ def _stage(name: str, clock: _Clock, budget: _Budget, masks: Masks, loss: float 
     latency = budget.table.predict(masks) if budget.table else None
     ratio = budget.cost.ratio(masks)
     return Stage(name, clock.read(), ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
-
-
-def _held_out_loss(model: PreTrainedModel, calibration: Calibration, masks: Masks | None = None) -> float | None:
-    """Mean loss over the held-out rows of the model as shrunk by `masks`; None without such rows."""
-    small = model if masks is None else shrink(model, masks, share=True)
-    total = rows = 0.0
-    with torch.no_grad():
-        for batch in calibration.held_out_batches:
-            if counted := counted_rows(batch):
-                total += float(small(**batch).loss) * counted
-                rows += counted
-    return total / rows if rows else None
 
 
 def _check_latency(model: PreTrainedModel, masks: Masks, target: Latency, table: LatencyTable) -> LatencyCheck:

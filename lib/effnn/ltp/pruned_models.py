@@ -32,7 +32,14 @@ _FAMILIES = {
     "ViT": "image",
 }
 _HEADS = {
-    "text": ("Model", "ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM"),
+    "text": (
+        "Model",
+        "ForSequenceClassification",
+        "ForQuestionAnswering",
+        "ForTokenClassification",
+        "ForMaskedLM",
+        "ForMultipleChoice",
+    ),
     "image": ("Model", "ForImageClassification"),
 }
 _CONFIGS: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
@@ -61,6 +68,8 @@ class PrunedMixin:
     """The stock class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        if not getattr(config, "add_pooling_layer", True):  # an encoder that was built without one
+            kwargs.setdefault("add_pooling_layer", False)
         super().__init__(config, *args, **kwargs)
         cut(self, adapter_of(self), config.kept_heads, config.kept_filters)
 

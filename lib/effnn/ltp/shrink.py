@@ -38,6 +38,8 @@ def shrink(model: PreTrainedModel, masks: Masks, share: bool = False) -> PreTrai
     masks.check(Shape.of(model, adapter))
     small_class = pruned_class(type(model), type(model.config))
     structure = {"kept_heads": masks.kept_heads, "kept_filters": masks.kept_filters}
+    if _lacks_pooling(model):
+        structure["add_pooling_layer"] = False
     small = _skeleton(small_class, _converted(model.config, small_class.config_class, structure))
     names = {module: name for name, module in model.named_modules()}
     changed: dict[str, Tensor] = {}
@@ -72,7 +74,8 @@ def pad(small: PreTrainedModel) -> PreTrainedModel:
         raise InvalidInput(
             "pad takes float weights; found quantized ones: call pad first, then quantize what it returns"
         )
-    dense = _skeleton(small.dense_class, _converted(small.config, small.config_class.dense_class, {}))
+    options = {"add_pooling_layer": False} if _lacks_pooling(small) else {}
+    dense = _skeleton(small.dense_class, _converted(small.config, small.config_class.dense_class, {}), **options)
     adapter = adapter_for(dense)
     names = {module: name for name, module in dense.named_modules()}
     changed: dict[str, Tensor] = {}
@@ -107,17 +110,22 @@ def _kept_units(config: PreTrainedConfig, layer: int, context: int, head_size: i
 
 def _converted(config: PreTrainedConfig, config_class: type[PreTrainedConfig], structure: dict) -> PreTrainedConfig:
     """`config` as another class of the same family."""
-    gone = ("model_type", "architectures", "transformers_version", "kept_heads", "kept_filters")
+    gone = ("model_type", "architectures", "transformers_version", "kept_heads", "kept_filters", "add_pooling_layer")
     values = {key: value for key, value in config.to_dict().items() if key not in gone}
     converted = config_class(**values | structure)
     converted._attn_implementation = config._attn_implementation
     return converted
 
 
-def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, **options: bool) -> PreTrainedModel:
     """The model without values: on the meta device, as `from_pretrained` builds it."""
     with torch.device("meta"):
-        return model_class(config)
+        return model_class(config, **options)
+
+
+def _lacks_pooling(model: PreTrainedModel) -> bool:
+    """Whether this is an encoder built with `add_pooling_layer=False`, as it stands inside most models with a head."""
+    return hasattr(model, "pooler") and model.pooler is None
 
 
 def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, Tensor], share: bool = False) -> None:

@@ -10,8 +10,8 @@ Numbered as in the text of one layer:
   3. filter scales likewise; the student moves on to the next layer.
 Only the hidden states that enter one layer are kept for all rows, of teacher and student. A solution is accepted if its
 scales are within bounds and the reconstruction error falls on held-out rows; a layer that fails is left as it was and
-tuning goes on. (The paper's code stops at the first failure and tests on no unseen rows.) In the last layer of a
-classifier only position 0 is read, so only it is reconstructed.
+tuning goes on. (The paper's code stops at the first failure and tests on no unseen rows.) Where nothing but position 0
+of the last layer reaches the loss, as in a classifier, only it is reconstructed there.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput
 from effnn.ltp.adapters import adapter_for
-from effnn.ltp.fisher import LayerInput
+from effnn.ltp.held_out import LayerInput
 from effnn.ltp.least_squares import NormalEquations, Sums
 from effnn.ltp.masks import Masks, Shape
 from effnn.ltp.sliced import SlicedLayer
@@ -85,13 +85,14 @@ def tune_masks(
     tuned = Masks(masks.heads.clone(), masks.filters.clone())
     done: list[LayerTuning] = []
     device, dtype = model.device, model.dtype
+    first_only = all(batch.first_only for batch in inputs)
     run = _Run([_Rows(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
     inputs.clear()
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index, layer in enumerate(layers):
             parts = adapter.parts(layer)
             last = index == len(layers) - 1
-            run.tokens = 1 if last and adapter.reads_first_token_only(model) else None
+            run.tokens = 1 if last and first_only else None
             student = SlicedLayer.cut(parts, masks.heads[index], masks.filters[index])
             equations = run.attention(
                 SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0
