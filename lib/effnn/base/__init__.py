@@ -1,4 +1,7 @@
-"""What every room may use: errors, atomic writes, a lock, seeds and threads, and one timer. Standard library and torch only."""
+"""What every room may use: errors, atomic writes, a lock, seeds and threads, and one timer.
+
+Standard library and torch only.
+"""
 
 from effnn.base.atomic import atomic_path, write_json, write_text
 from effnn.base.errors import CannotWrite, EffnnError, InvalidInput, NotAvailable

@@ -17,8 +17,9 @@ from effnn.staged.token_arrays import Tokens, checked_tokens
 class Batches:
     """The training batches: `batches(step)` gives token ids (batch_size, context + 1), int64, on the CPU.
 
-    tokens: 1-D, integers of any kind (token_arrays.py). The windows of an epoch do not overlap in the `context` tokens that are predicted; every
-    epoch has its own offset and order. Position i of a window predicts position i + 1, hence the one token more.
+    tokens: 1-D, integers of any kind (token_arrays.py). The windows of an epoch do not overlap in the `context` tokens
+    that are predicted; every epoch has its own offset and order. Position i of a window predicts position i + 1, hence
+    the one token more.
     Raises InvalidInput for an array of another kind, one shorter than a window, and, when a batch is read, for a token
     outside the vocabulary.
     """

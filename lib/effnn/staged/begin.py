@@ -72,9 +72,16 @@ def checked_stages(
     if isinstance(start, TrainState):
         names_by_group(model, start.optimizer)
         for name in ("betas", "eps", "weight_decay"):
-            if (found := start.optimizer.defaults[name]) != (wanted := getattr(recipe, name)):
-                raise InvalidInput(f"the recipe's {name} is {wanted}, the state's AdamW keeps its {found}")
+            # of its groups, or what they had before they got values of their own
+            found = [_comparable(held[name]) for held in (*start.optimizer.param_groups, start.optimizer.defaults)]
+            if (wanted := getattr(recipe, name)) not in found:
+                kept = " and ".join(str(value) for value in dict.fromkeys(found[:-1]))
+                raise InvalidInput(f"the recipe's {name} is {wanted}, the state's AdamW keeps its {kept}")
     return stages
+
+
+def _comparable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, device: torch.device) -> TrainState:

@@ -142,9 +142,10 @@ class Checkpoints:
             carry_over(first, model, origin_of(first.config.n_layer, self.stages[: stage + 1 - before]))
 
     def _write(self, state: TrainState, finished: bool) -> None:
+        goes_on = "goes on from it" if _sorted(self.folder) else "begins anew"
         with writing(
             f"the checkpoint of step {state.step} in {self.folder}",
-            f"{self.describe()}; free some space, and the same call goes on from there",
+            f"{self.describe()}; free some space there, and the same call {goes_on}",
         ):
             self._write_all(state, finished)
 

@@ -81,7 +81,7 @@ def _groups(model: GPT2LMHeadModel, optimizer: AdamW) -> dict[str, str]:
     found = {"optimizer groups": str(len(optimizer.param_groups))}
     for number, (group, names) in enumerate(zip(optimizer.param_groups, names_by_group(model, optimizer), strict=True)):
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
-        settings["initial_lr"] = float(settings.get("initial_lr", group["lr"]))
+        settings["peak rate"] = float(settings.pop("initial_lr", group["lr"]))
         found |= {f"group {number} {key}": _setting(value) for key, value in sorted(settings.items())}
         found[f"group {number} parameters"] = f"{len(names)} parameters {_digest([json.dumps(names).encode()])}"
     return found

@@ -71,9 +71,11 @@ def grow(
 ) -> Grown:
     """A model `width` times as wide and `depth` times as deep that computes the same, with its training state.
 
-    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, dropout,
-    `requires_grad` and the generation configuration are kept. Width keeps the head size: n_embd, n_head and a given
-    n_inner are multiplied. Compound growth is width first; for the reverse, call twice.
+    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, `requires_grad`, what
+    was set on the modules (dropout, gradient checkpointing with its arguments) and the generation configuration are
+    kept. Wrappers (DistributedDataParallel, torch.compile, accelerate's optimizer and scheduler) are looked into, and
+    what comes back has none. Width keeps the head size: n_embd, n_head and a given n_inner are multiplied. Compound
+    growth is width first; for the reverse, call twice.
     order: "interleave" or "append". init of new layers: "zero_proj", "ln_zero", "identity" (all bit-exact) or "copy"
     (changes the loss); see depth.py.
     noise: symmetry-breaking noise of width, its standard deviation over the matrix's, 0 to 1; None takes 0.3 where the
@@ -84,9 +86,9 @@ def grow(
     "copy". scheduler: LambdaLR or None; it stays at its position.
     batch: token ids (rows, length), on which the loss is measured before and after, for the record.
 
-    Raises InvalidInput for: a model that is not a stock GPT2LMHeadModel, a factor that is not a whole number of at
-    least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or scheduler of another kind or of
-    another model, and an unknown choice.
+    Raises InvalidInput for: a model that is not a stock GPT2LMHeadModel of whole, unquantized tensors, a factor that is
+    not a whole number of at least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or
+    scheduler of another kind or of another model, and an unknown choice.
     Source: Shen et al. 2022 and its released code for width 2 and depth 2; the rest is derived (width.py).
     """
     width, depth = check_factor("width", width), check_factor("depth", depth)

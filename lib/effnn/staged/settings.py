@@ -109,8 +109,7 @@ def _described(function: object) -> str:
     """Arguments of a partial function in words that are the same in every process."""
     settings = getattr(function, "keywords", None) or {}
     words = (
-        f"{key}={value!r}" if isinstance(value, _PLAIN) else f"{key}={_name(value)}"
-        for key, value in settings.items()
+        f"{key}={value!r}" if isinstance(value, _PLAIN) else f"{key}={_name(value)}" for key, value in settings.items()
     )
     return f"{_name(getattr(function, 'func', function))}({', '.join(sorted(words))})"
 

@@ -58,8 +58,9 @@ def train(
     (unwrap.py). Every module is put into train mode. One call with two stages is two calls with one.
     train_tokens, validation_tokens: 1-D tensors or NumPy arrays of token ids, memory-mapped ones too (token_arrays.py).
     folder: for checkpoints; the same call again goes on from the newest one, and only loads the result where the run
-    had finished. One process at a time may use it, and all ranks must see it. device: "cuda" is LOCAL_RANK's device under torchrun. stop: asked after every
-    evaluation, on rank 0; True ends the run there. It is not part of what makes a run the same run.
+    had finished. One process at a time may use it, and all ranks must see it. device: "cuda" is LOCAL_RANK's device
+    under torchrun. stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of what makes
+    a run the same run.
 
     With dropout another number of ranks draws other masks; without it the curve is the same up to rounding.
 
