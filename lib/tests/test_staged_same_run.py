@@ -1,6 +1,7 @@
-"""A folder is tied to all that decides the curve of its run: what differs is refused and named, what does not goes on."""
+"""A folder is tied to all that decides the curve of its run: what differs is named, and what does not matter goes on."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim import AdamW
 from transformers import GPT2LMHeadModel
 
 from effnn.base import InvalidInput
-from effnn.staged import Stage, TrainState, fingerprint
+from effnn.staged import Stage, TrainState, checkpoint, fingerprint
 
 STAGES = [Stage(2)]
 HOW = worker.recipe(checkpoint_every=None, evaluate_every=100)
@@ -177,10 +178,6 @@ def test_long_arrays_are_sampled_from_end_to_end(monkeypatch):
 
 def test_folders_of_an_older_format_are_named(tmp_path):
     run(tmp_path)
-    import json
-
-    from effnn.staged import checkpoint
-
     path = tmp_path / "step-00000007-stage-00" / "state.json"
     content = json.loads(path.read_text())
     content["format"] = "effnn staged run 1"

@@ -6,7 +6,7 @@ import plain_staged as plain
 import pytest
 import staged_train_worker as worker
 import torch
-from test_staged_checkpoint import Interrupted, assert_same, interrupt_at
+from staged_runs import Interrupted, assert_same, interrupt_at
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.activations import ACT2FN
@@ -103,7 +103,9 @@ def test_a_resume_gives_the_same_bits_whatever_was_set_on_the_modules(tmp_path, 
     assert settings(worker.run(tmp_path, start, STAGES, how).model) == settings(whole.model)  # only loaded
 
 
-@pytest.mark.parametrize("growth", [{"width": 2}, {"depth": 2}, {"depth": 3, "order": "append"}, {"width": 2, "depth": 2}])
+@pytest.mark.parametrize(
+    "growth", [{"width": 2}, {"depth": 2}, {"depth": 3, "order": "append"}, {"width": 2, "depth": 2}]
+)
 def test_growth_carries_settings_from_layer_to_layer(growth):
     small = model(n_layer=3)
     small.activation_checkpointing_enable({"use_reentrant": True, "determinism_check": "none"}, every_n_layers=2)

@@ -1,4 +1,4 @@
-"""Models, optimizers and schedulers in the wrappers that people hold: looked into, or refused with advice that works."""
+"""Models, optimizers and schedulers in the wrappers that people hold: looked into, or refused with a way out."""
 
 import copy
 
@@ -6,7 +6,7 @@ import plain_staged as plain
 import pytest
 import torch
 import torch.distributed as dist
-from test_staged_train import PLATEAU, config, moments, recipe, run, same, weights
+from staged_runs import PLATEAU, config, moments, recipe, run, same, weights
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import AdamW, Optimizer

@@ -71,10 +71,10 @@ def grow(
 ) -> Grown:
     """A model `width` times as wide and `depth` times as deep that computes the same, with its training state.
 
-    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, `requires_grad`, what
-    was set on the modules (dropout, gradient checkpointing with its arguments) and the generation configuration are
-    kept. Wrappers (DistributedDataParallel, torch.compile, accelerate's optimizer and scheduler) are looked into, and
-    what comes back has none. Width keeps the head size: n_embd, n_head and a given n_inner are multiplied. Compound
+    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, `requires_grad`,
+    what was set on the modules (dropout, gradient checkpointing with its arguments) and the generation configuration
+    are kept. Wrappers (DistributedDataParallel, torch.compile, accelerate's optimizer and scheduler) are looked into,
+    and what comes back has none. Width keeps the head size: n_embd, n_head and a given n_inner are multiplied. Compound
     growth is width first; for the reverse, call twice.
     order: "interleave" or "append". init of new layers: "zero_proj", "ln_zero", "identity" (all bit-exact) or "copy"
     (changes the loss); see depth.py.
