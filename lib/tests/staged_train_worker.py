@@ -5,10 +5,12 @@ python -m torch.distributed.run ... staged_train_worker.py ranks <folder>
 """
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import GPT2Config
 
-from effnn.base import EffnnError
+from effnn.base import EffnnError, folder_lock
 from effnn.staged import Recipe, Stage, WarmupStableDecay, checkpoint, train
 from effnn.staged.step import Stepper
 
@@ -77,7 +79,7 @@ def caught(call) -> str:
 
 
 def no_space(*arguments) -> None:
-    raise OSError("no space left")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def ranks(folder: str) -> None:
@@ -98,6 +100,8 @@ def ranks(folder: str) -> None:
     checkpoint.save_optimizer = no_space  # asked on rank 0 alone
     found["no space"] = caught(lambda: run(here / "full", plain_config(), how=how))
     checkpoint.save_optimizer = saved
+    with folder_lock(here) if rank == 0 else nullcontext():  # another process is in there
+        found["in use"] = caught(lambda: run(here, plain_config(), how=how))
     found["models"] = caught(lambda: run(None, plain_config(), how=recipe(seed=rank)))
     found["batch"] = caught(lambda: run(None, plain_config(), how=recipe(batch_size=6, micro_batch=2)))
     found["diverged"] = caught(lambda: run(None, plain_config(), how=recipe(learning_rate=1e25, clip=None)))

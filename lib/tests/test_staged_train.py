@@ -1,6 +1,5 @@
 """The trainer in memory: against a plain loop, branching, the exact trajectory, rates, accounting, refusals."""
 
-import copy
 import dataclasses
 import math
 
@@ -8,6 +7,7 @@ import numpy as np
 import plain_staged as plain
 import pytest
 import torch
+from staged_runs import CONTEXT, PLATEAU, TOKENS, VALIDATION, config, moments, points, recipe, run, same, weights
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,47 +17,6 @@ from effnn.base import InvalidInput
 from effnn.staged import Diverged, Recipe, Rewarmed, Stage, WarmupStableDecay, train
 from effnn.staged.batches import Batches, validation_windows
 from effnn.staged.step import Clip
-
-CONTEXT = plain.LENGTH
-TOKENS = torch.randint(0, plain.VOCABULARY, (2000,), generator=torch.Generator().manual_seed(1))
-VALIDATION = TOKENS[:400]
-PLATEAU = WarmupStableDecay(warmup=3, horizon=1000, decay=0)
-
-
-def config(**settings) -> GPT2Config:
-    return copy.deepcopy(plain.tiny_gpt2(**settings).config)
-
-
-def recipe(**changes) -> Recipe:
-    given = {"batch_size": 4, "context": CONTEXT, "learning_rate": 1e-2, "schedule": PLATEAU}
-    return Recipe(**{**given, "evaluate_every": 5, "evaluate_sequences": 8, **changes})
-
-
-def run(start, stages, how=None, **options) -> staged.TrainState:
-    return train(start, stages, how or recipe(), TOKENS, VALIDATION, progress=False, **options)
-
-
-def weights(state: staged.TrainState) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
-
-
-def moments(state: staged.TrainState) -> torch.Tensor:
-    return torch.cat([value.flatten() for entry in state.optimizer.state.values() for value in entry.values()])
-
-
-def points(state: staged.TrainState) -> list[staged.Point]:
-    """The curve without the seconds, which no two runs share."""
-    return [dataclasses.replace(point, seconds=0.0) for point in state.points]
-
-
-def same(a: staged.TrainState, b: staged.TrainState) -> bool:
-    numbers = ("step", "position", "stage", "tokens", "flops", "flops_full", "learning_rate", "rewarm", "schedule")
-    return (
-        torch.equal(weights(a), weights(b))
-        and torch.equal(moments(a), moments(b))
-        and points(a) == points(b)
-        and all(getattr(a, name) == getattr(b, name) for name in numbers)
-    )
 
 
 def test_against_a_loop_written_plainly():
@@ -304,7 +263,10 @@ def scheduled(schedule) -> Recipe:
         (lambda: train(config(), [Stage(1)], recipe(), TOKENS[:12], VALIDATION), "12 training tokens; .* needs 13"),
         (lambda: train(config(), [Stage(1)], recipe(), TOKENS, VALIDATION[:5]), "5 validation tokens"),
         (lambda: train(config(), [Stage(1)], recipe(), TOKENS.float(), VALIDATION), "found torch.float32"),
-        (lambda: train(config(), [Stage(1)], recipe(), TOKENS.tolist(), VALIDATION), "found list"),
+        (
+            lambda: train(config(), [Stage(1)], recipe(), TOKENS, VALIDATION.tolist() + [0.5]),
+            "a list with fractions",
+        ),
         (lambda: run(config(), [Stage(1)], scheduled(lambda position: -1.0)), "schedule gives -1.0 at position 0"),
         (lambda: run(run(config(), [Stage(1)]), [Stage(1)], recipe(eps=1e-8)), "eps is 1e-08, .* keeps its 1e-06"),
     ],

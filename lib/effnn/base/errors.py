@@ -11,3 +11,14 @@ class InvalidInput(EffnnError, ValueError):
 
 class NotAvailable(EffnnError, RuntimeError):
     """Something that the function needs (a data set, a library, a device) cannot be had here."""
+
+
+class CannotWrite(EffnnError, OSError):
+    """A file could not be written: the disk is full, a quota or a limit on file sizes is reached, it is read-only.
+
+    reason: the system's words for it, without the path and the way out that the message gives.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -93,8 +93,9 @@ def load(
     vocab_size: ids at most, of "bpe" (4096) or "character" (96, the unknown character included).
     limit_tokens: train is cut to so many; None takes all that is there.
 
-    Raises InvalidInput for a choice that does not exist, text that cannot be read, and a limit beyond what was
-    downloaded; NotAvailable for data or a tokenizer that cannot be had here.
+    Raises InvalidInput for a choice that does not exist, files without text or of another kind, text that cannot be
+    read, and a limit beyond what was downloaded; NotAvailable for data or a tokenizer that cannot be had here;
+    CannotWrite where the disk takes no more.
     """
     if limit_tokens is not None and limit_tokens < 1:
         raise InvalidInput(f"limit_tokens={limit_tokens}: expected at least 1, or None for all")
@@ -114,6 +115,8 @@ def load(
     folder = cache.entry("corpus", key, load).with_suffix("")
     corpus = _read(folder, documents, coder)
     if corpus is None:
+        if not any(piece.text.strip() for split in SPLITS for piece in documents.read(split)):
+            raise InvalidInput(f"{name} ({documents.source}) holds no text: all of its documents are empty")
         made = coder or _train(documents, str(tokenizer), size)
         streams = {split: _ids(documents, split, made, limit_tokens) for split in SPLITS}
         dumped = "" if coder else made.dump()

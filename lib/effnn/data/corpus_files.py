@@ -18,6 +18,7 @@ from pathlib import Path
 
 from effnn.base import InvalidInput, NotAvailable
 from effnn.data.corpus_documents import SPLITS, Documents, Piece, in_pieces, whole
+from effnn.data.file_kinds import check_rows, check_text
 from effnn.data.text_rows import SUFFIXES as ROW_SUFFIXES
 from effnn.data.text_rows import holds_rows, read_rows
 from effnn.data.text_task import unit_hash
@@ -54,8 +55,9 @@ class Part:
 def documents(name: str, path: str | Path) -> Documents:
     """The documents of a file or folder.
 
-    Raises NotAvailable for a missing path, and InvalidInput for an empty file, a folder without text files, and a name
-    that holds the words of two splits. Text that is not UTF-8 raises InvalidInput when it is read.
+    Raises NotAvailable for a path that is missing or may not be read, and InvalidInput for a file without text, one of
+    another kind (compressed, binary, UTF-16), a folder without text files, and a name that holds the words of two
+    splits. Text that is not UTF-8 raises InvalidInput when it is read.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -63,8 +65,8 @@ def documents(name: str, path: str | Path) -> Documents:
             f"{name} was looked for in {path}, which does not exist: give a text file or a folder of text files"
         )
     files = [path] if path.is_file() else _files_of(path)
-    if empty := [file for file in files if not file.stat().st_size]:
-        raise InvalidInput(f"{empty[0]} is empty: expected text (leave the file out, or fill it)")
+    for file in files:
+        (check_rows if holds_rows(file) else check_text)(file)
     parts, rule = _parts(path, files)
     digests = {file: _sha256(file) for file in files}
     identity = {
@@ -115,7 +117,9 @@ def _files_of(folder: Path) -> list[Path]:
         if path.is_file() and path.name.lower().endswith(known) and not _hidden(path.relative_to(folder))
     )
     if not files:
-        raise InvalidInput(f"{folder} holds no text: expected files that end in {', '.join(known)}")
+        others = sorted({path.suffix for path in folder.rglob("*") if path.is_file() and path.suffix})
+        found = f", found {', '.join(others[:5])} (unpack or rename these)" if others else ""
+        raise InvalidInput(f"{folder} holds no text: expected files that end in {', '.join(known)}{found}")
     return files
 
 

@@ -14,6 +14,7 @@ from effnn.base import InvalidInput, NotAvailable
 from effnn.data import corpus_hub
 from effnn.data.corpus_documents import Documents, whole
 from effnn.data.corpus_files import read_text
+from effnn.data.file_kinds import check_rows, check_text
 from effnn.data.text_rows import holds_rows, read_rows
 
 
@@ -62,6 +63,7 @@ def _passages(source: str | Path) -> Sequence[str]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise NotAvailable(f"LAMBADA was looked for in {path}, which is no file: give the file of its passages")
+    (check_rows if holds_rows(path) else check_text)(path)
     found = list(read_rows(path)) if holds_rows(path) else "".join(read_text(path)).split("\n")
     passages = [passage for passage in found if passage.strip()]
     if not passages:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Protocol
 
@@ -218,7 +219,10 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairs:
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
-    known = [int(i) for i in ids]
+    try:
+        known = [index(i) for i in ids]
+    except TypeError as error:
+        raise InvalidInput(f"expected token ids, whole numbers in one dimension: {error}") from None
     for i in known:
         if not 0 <= i < vocab_size:
             raise InvalidInput(f"token id {i} is outside the vocabulary of {vocab_size}")

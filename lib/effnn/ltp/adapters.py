@@ -229,7 +229,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
 
 def _covers(model: PreTrainedModel) -> bool:
     decoder = getattr(model.config, "is_decoder", False)
-    return not decoder and adapter_for_type(model.config.model_type) is not None
+    return not decoder and adapter_for_type(model.config.model_type, model) is not None
 
 
 def _linears(layer: nn.Module, names: dict[str, str]) -> dict[str, nn.Linear]:

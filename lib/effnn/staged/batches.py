@@ -6,19 +6,20 @@ are not kept apart and nothing is padded.
 """
 
 import hashlib
-import warnings
 
 import torch
 from torch import Tensor
 
 from effnn.base import InvalidInput
+from effnn.staged.token_arrays import Tokens, checked_tokens
 
 
 class Batches:
     """The training batches: `batches(step)` gives token ids (batch_size, context + 1), int64, on the CPU.
 
-    tokens: 1-D, integers. The windows of an epoch do not overlap in the `context` tokens that are predicted; every
-    epoch has its own offset and order. Position i of a window predicts position i + 1, hence the one token more.
+    tokens: 1-D, integers of any kind (token_arrays.py). The windows of an epoch do not overlap in the `context` tokens
+    that are predicted; every epoch has its own offset and order. Position i of a window predicts position i + 1, hence
+    the one token more.
     Raises InvalidInput for an array of another kind, one shorter than a window, and, when a batch is read, for a token
     outside the vocabulary.
     """
@@ -65,7 +66,7 @@ def validation_windows(tokens: object, sequences: int, context: int, vocabulary:
     return read_windows(tokens, torch.arange(sequences) * found // sequences * context, context, vocabulary)
 
 
-def read_windows(tokens: Tensor, starts: Tensor, context: int, vocabulary: int) -> Tensor:
+def read_windows(tokens: Tokens, starts: Tensor, context: int, vocabulary: int) -> Tensor:
     """Windows of context + 1 tokens at `starts`, int64; InvalidInput for a token outside 0 .. vocabulary - 1."""
     windows = tokens[starts[:, None] + torch.arange(context + 1)].long()
     lowest, highest = windows.aminmax()
@@ -76,31 +77,6 @@ def read_windows(tokens: Tensor, starts: Tensor, context: int, vocabulary: int) 
             "by another tokenizer, or the configuration's vocab_size is not its"
         )
     return windows
-
-
-def checked_tokens(tokens: object, context: int, what: str) -> Tensor:
-    """The array as a CPU tensor over the same memory; InvalidInput unless it is 1-D, of integers and long enough."""
-    if not isinstance(tokens, Tensor):
-        try:
-            with warnings.catch_warnings():
-                # a read-only memory map is fine: nothing writes here
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                tokens = torch.from_numpy(tokens)
-        except TypeError as error:
-            raise InvalidInput(
-                f"{what} tokens: expected a 1-D tensor or NumPy array of integers, found {type(tokens).__name__} "
-                f"({error})"
-            ) from None
-    if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise InvalidInput(
-            f"{what} tokens: expected one dimension of integers, found {tokens.dtype} of shape {tuple(tokens.shape)}"
-        )
-    if len(tokens) <= context:
-        raise InvalidInput(
-            f"there are {len(tokens)} {what} tokens; a context of {context} needs {context + 1} or more (each position "
-            "predicts the next)"
-        )
-    return tokens.cpu()
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -5,20 +5,31 @@ What `start` may be: a configuration, a model, or a state that another run retur
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from effnn.base import InvalidInput
-from effnn.staged.depth import check_depth
+from effnn.staged.depth import Layout, check_depth
 from effnn.staged.grow import grow
 from effnn.staged.learning_rate import Rewarmed
 from effnn.staged.names import check_model
+from effnn.staged.optimizer import names_by_group
+from effnn.staged.settings import skeleton
 from effnn.staged.state import Recipe, Stage, TrainState
+from effnn.staged.unwrap import plain_model, plain_optimizer
 
 _GROWTH = ("width", "depth", "order", "init", "noise", "moments", "new_moments", "adam_width_rule")
+
+
+def plain_start(start: object) -> object:
+    """What a run starts from without wrappers (unwrap.py): a model, or a new TrainState around the plain objects."""
+    if isinstance(start, TrainState):
+        return replace(start, model=plain_model(start.model), optimizer=plain_optimizer(start.optimizer))
+    return plain_model(start)
 
 
 def config_of(start: GPT2Config | GPT2LMHeadModel | TrainState) -> GPT2Config:
@@ -43,9 +54,8 @@ def checked_stages(
             raise InvalidInput("the first stage of a new model cannot grow: give the configuration of the grown size")
         if start.n_embd % start.n_head:
             raise InvalidInput(f"a width of n_embd={start.n_embd} does not divide into n_head={start.n_head} heads")
-        with torch.device("meta"):
-            model = GPT2LMHeadModel(copy.deepcopy(start))
-    elif isinstance(start, (GPT2LMHeadModel, TrainState)):
+        model = skeleton(start)
+    elif isinstance(start, (nn.Module, TrainState)):
         model = start.model if isinstance(start, TrainState) else start
         check_model(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -53,14 +63,25 @@ def checked_stages(
         if len(types := {str(parameter.dtype) for parameter in model.parameters()}) > 1:
             raise InvalidInput(f"the weights are of several types ({', '.join(sorted(types))}): convert them to one")
     else:
-        raise InvalidInput(f"expected a GPT2Config, GPT2LMHeadModel or TrainState, found {type(start).__name__}")
+        inside = ": hand over its .model" if isinstance(getattr(start, "model", None), GPT2LMHeadModel) else ""
+        raise InvalidInput(
+            f"expected a GPT2Config, GPT2LMHeadModel or TrainState, found {type(start).__name__}{inside}"
+        )
     for stage in stages:
         check_depth(model, stage.depth, stage.order, stage.init)
     if isinstance(start, TrainState):
+        names_by_group(model, start.optimizer)
         for name in ("betas", "eps", "weight_decay"):
-            if (found := start.optimizer.defaults[name]) != (wanted := getattr(recipe, name)):
-                raise InvalidInput(f"the recipe's {name} is {wanted}, the state's AdamW keeps its {found}")
+            # of its groups, or what they had before they got values of their own
+            found = [_comparable(held[name]) for held in (*start.optimizer.param_groups, start.optimizer.defaults)]
+            if (wanted := getattr(recipe, name)) not in found:
+                kept = " and ".join(str(value) for value in dict.fromkeys(found[:-1]))
+                raise InvalidInput(f"the recipe's {name} is {wanted}, the state's AdamW keeps its {kept}")
     return stages
+
+
+def _comparable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, device: torch.device) -> TrainState:
@@ -90,6 +111,21 @@ def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, devi
     for group in optimizer.param_groups:
         group["initial_lr"] = recipe.learning_rate
     return TrainState(model, optimizer, recipe.schedule, recipe.learning_rate)
+
+
+def origin_of(layers: int, stages: Sequence[Stage]) -> Callable[[str], str]:
+    """Name of a module after these stages -> the one that it comes from in a model of `layers` layers before them."""
+    layouts = []
+    for stage in stages:
+        layouts.append(Layout.of(layers, stage.depth, stage.order))
+        layers *= stage.depth
+
+    def origin(name: str) -> str:
+        for layout in reversed(layouts):
+            name = layout.source(name)
+        return name
+
+    return origin
 
 
 def enter(state: TrainState, stage: Stage, recipe: Recipe, batch: Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 from effnn.staged.names import Kind, role_of
 from effnn.staged.record import total_width
 from effnn.staged.sizes import check_factor
+from effnn.staged.unwrap import plain_model
 
 
 def gradient_norm(model: GPT2LMHeadModel, width: int | None = None) -> Tensor:
@@ -22,6 +23,7 @@ def gradient_norm(model: GPT2LMHeadModel, width: int | None = None) -> Tensor:
     left out. width: the total factor since the model whose scale is meant; by default all growth in the model's
     history. InvalidInput for a parameter that GPT-2 does not have.
     """
+    model = plain_model(model)
     factor = total_width(model.config) if width is None else check_factor("width", width)
     weights = {Kind.MATRIX: 1.0, Kind.FINAL_NORM: factor**-0.5, Kind.VECTOR: factor**0.5, Kind.EMBEDDING: factor**0.5}
     norms = [

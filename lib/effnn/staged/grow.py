@@ -12,7 +12,6 @@ Nothing is shared with the originals, and they are not changed. Not covered: oth
 growth of the head size. Gradients and hooks are not carried over.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +37,9 @@ from effnn.staged.optimizer import (
     steps_done,
 )
 from effnn.staged.record import GrowthRecord, append_history
+from effnn.staged.settings import carry_over, skeleton
 from effnn.staged.sizes import check_factor, grown_config
+from effnn.staged.unwrap import plain_model, plain_optimizer, plain_scheduler
 from effnn.staged.width import DEFAULT_NOISE, add_noise_, value_divisor, widen
 
 
@@ -70,9 +71,11 @@ def grow(
 ) -> Grown:
     """A model `width` times as wide and `depth` times as deep that computes the same, with its training state.
 
-    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, dropout,
-    `requires_grad` and the generation configuration are kept. Width keeps the head size: n_embd, n_head and a given
-    n_inner are multiplied. Compound growth is width first; for the reverse, call twice.
+    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, `requires_grad`,
+    what was set on the modules (dropout, gradient checkpointing with its arguments) and the generation configuration
+    are kept. Wrappers (DistributedDataParallel, torch.compile, accelerate's optimizer and scheduler) are looked into,
+    and what comes back has none. Width keeps the head size: n_embd, n_head and a given n_inner are multiplied. Compound
+    growth is width first; for the reverse, call twice.
     order: "interleave" or "append". init of new layers: "zero_proj", "ln_zero", "identity" (all bit-exact) or "copy"
     (changes the loss); see depth.py.
     noise: symmetry-breaking noise of width, its standard deviation over the matrix's, 0 to 1; None takes 0.3 where the
@@ -83,12 +86,13 @@ def grow(
     "copy". scheduler: LambdaLR or None; it stays at its position.
     batch: token ids (rows, length), on which the loss is measured before and after, for the record.
 
-    Raises InvalidInput for: a model that is not a stock GPT2LMHeadModel, a factor that is not a whole number of at
-    least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or scheduler of another kind or of
-    another model, and an unknown choice.
+    Raises InvalidInput for: a model that is not a stock GPT2LMHeadModel of whole, unquantized tensors, a factor that is
+    not a whole number of at least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or
+    scheduler of another kind or of another model, and an unknown choice.
     Source: Shen et al. 2022 and its released code for width 2 and depth 2; the rest is derived (width.py).
     """
     width, depth = check_factor("width", width), check_factor("depth", depth)
+    model, optimizer, scheduler = plain_model(model), plain_optimizer(optimizer), plain_scheduler(scheduler)
     check_model(model)
     check_depth(model, depth, order, init)
     _check_choices(moments=(moments, MOMENTS), new_moments=(new_moments, NEW_MOMENTS))
@@ -148,9 +152,7 @@ def _grow_model(
     model: GPT2LMHeadModel, layout: Layout, width: int, depth: int, init: str, noise: float, seed: int
 ) -> tuple[GPT2LMHeadModel, int]:
     """The grown model, and the number of parameters that growth in width alone would have given."""
-    with torch.device("meta"):
-        grown = type(model)(grown_config(model.config, width, depth))
-    shapes = {name: parameter.shape for name, parameter in grown.named_parameters()}
+    grown = skeleton(grown_config(model.config, width, depth), type(model))
     generators: dict[torch.device, torch.Generator] = {}
     n_wide = 0
     for name, parameter in model.named_parameters():
@@ -163,28 +165,12 @@ def _grow_model(
             add_noise_(wide, role, width, noise, generators[wide.device])
         for place, new in layout.places(name):
             value = new_value(wide, role, init) if new else wide
-            if value.shape != shapes[place]:
-                raise InvalidInput(
-                    f"{name} is of shape {tuple(parameter.shape)}, which does not fit the model's configuration"
-                )
             path, _, leaf = place.rpartition(".")
             setattr(grown.get_submodule(path), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
     if model.config.tie_word_embeddings:
         grown.lm_head.weight = grown.transformer.wte.weight
-    _copy_modes(model, grown, layout)
+    carry_over(model, grown, layout.source)
     return grown, n_wide
-
-
-def _copy_modes(model: GPT2LMHeadModel, grown: GPT2LMHeadModel, layout: Layout) -> None:
-    """What a model holds besides tensors: train or eval mode, dropout rates, checkpointing, generation settings."""
-    for name, module in grown.named_modules():
-        source = model.get_submodule(layout.source(name))
-        module.training = source.training
-        if isinstance(module, nn.Dropout):
-            module.p = source.p
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        grown.activation_checkpointing_enable()
-    grown.generation_config = copy.deepcopy(model.generation_config)
 
 
 def _checked_noise(model: GPT2LMHeadModel, noise: float | None) -> float:

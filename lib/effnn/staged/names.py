@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from effnn.base import InvalidInput
+from effnn.staged.settings import check_modules
 
 
 class Kind(Enum):
@@ -81,23 +82,40 @@ def in_layer(name: str, layer: int) -> str:
     return _LAYER.sub(lambda match: f"{match[1]}{layer}{match[3]}", name)
 
 
+_WAYS_OUT = {
+    "PeftModel": "model.merge_and_unload() gives the plain one",
+    "FullyShardedDataParallel": "it is sharded: {gather}",
+    "TrainState": "hand over its .model and .optimizer",
+    "Trainer": "hand over its .model, .optimizer and .lr_scheduler",
+}
+_GATHER = (
+    "load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict into a new GPT2LMHeadModel(model.config); effnn.staged.train runs that on "
+    "all ranks by itself"
+)
+
+
 def check_model(model: nn.Module) -> None:
     """InvalidInput unless `model` is a GPT2LMHeadModel all of whose tensors have a rule.
 
-    Raised for another class, an unknown parameter or buffer, and a head that is tied where the configuration says
-    otherwise or the other way round.
+    Raised for another class, tensors that are sharded or quantized, an unknown parameter or buffer, a module or a shape
+    that the configuration does not make, and a head that is tied where the configuration says otherwise or the other
+    way round.
     """
     if not isinstance(model, GPT2LMHeadModel):
-        raise InvalidInput(
-            f"growth takes a GPT2LMHeadModel, found a {type(model).__name__}; hand over the model itself if it is "
-            "wrapped (DistributedDataParallel, torch.compile)"
-        )
+        raise InvalidInput(f"growth takes a GPT2LMHeadModel, found a {type(model).__name__}{_way_out(model)}")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InvalidInput(f"{name} is sharded (FullyShardedDataParallel), growth needs whole tensors: {_GATHER}")
     for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            _refuse(name, type(parameter).__name__)
         role_of(name)
         if not parameter.is_floating_point() or parameter.is_meta:
             raise InvalidInput(f"{name} is {parameter.dtype} on {parameter.device}: growth needs floating-point values")
     if buffers := [name for name, _ in model.named_buffers()]:
         raise InvalidInput(f"no growth rule for the buffers {buffers[:5]}: a stock GPT2LMHeadModel has none")
+    check_modules(model)
     tied = model.lm_head.weight is model.transformer.wte.weight
     if tied != bool(model.config.tie_word_embeddings):
         found = "one tensor" if tied else "two tensors"
@@ -105,3 +123,25 @@ def check_model(model: nn.Module) -> None:
             f"config.tie_word_embeddings is {model.config.tie_word_embeddings}, but the output head and the token "
             f"embedding are {found}; call model.tie_weights() or mend the configuration"
         )
+
+
+def _way_out(model: object) -> str:
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WAYS_OUT:
+            return f": {_WAYS_OUT[kind.__name__].format(gather=_GATHER)}"
+    for name in ("module", "model"):
+        if isinstance(getattr(model, name, None), GPT2LMHeadModel):
+            return f": hand over its .{name}"
+    return ""
+
+
+def _refuse(name: str, kind: str) -> None:
+    if kind == "DTensor":
+        raise InvalidInput(
+            f"{name} is a DTensor, so the model is sharded (fully_shard, tensor parallelism), and growth needs whole "
+            f"tensors: {_GATHER}"
+        )
+    raise InvalidInput(
+        f"{name} is a {kind}, no plain parameter, and growth needs whole floating-point tensors: take the model before "
+        "it was quantized or sharded"
+    )

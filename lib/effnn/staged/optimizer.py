@@ -24,6 +24,7 @@ from transformers import GPT2LMHeadModel
 from effnn.base import InvalidInput
 from effnn.staged.depth import Layout
 from effnn.staged.names import Kind, role_of
+from effnn.staged.unwrap import plain_optimizer
 from effnn.staged.width import gradient_divisor, widen
 
 MOMENTS = ("consistent", "authors", "reset")
@@ -126,7 +127,7 @@ def check_scheduler(scheduler: LambdaLR, optimizer: AdamW | None) -> None:
             f"growth knows torch's LambdaLR, found {type(scheduler).__name__}; write the schedule as a function of the "
             "step, or hand over no scheduler and make a new one"
         )
-    if scheduler.optimizer is not optimizer:
+    if plain_optimizer(scheduler.optimizer) is not optimizer:
         raise InvalidInput("the scheduler drives another optimizer than the one given")
 
 

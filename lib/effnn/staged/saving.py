@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from effnn.base import InvalidInput, atomic_path
 from effnn.staged.optimizer import names_by_group
+from effnn.staged.unwrap import plain_model, plain_optimizer
 
 _FORMAT = "effnn AdamW by name 1"
 
@@ -21,17 +22,18 @@ _FORMAT = "effnn AdamW by name 1"
 def save_optimizer(path: str | Path, model: GPT2LMHeadModel, optimizer: AdamW) -> Path:
     """Write settings, groups and state of the AdamW of `model` to `path`, atomically; returns the path.
 
-    InvalidInput for another kind of optimizer or one of another model.
+    InvalidInput for another kind of optimizer or one of another model, CannotWrite where the disk takes no more.
     """
+    model, optimizer = plain_model(model), plain_optimizer(optimizer)
     groups = [
-        {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, "names": names}
+        {**{key: value for key, value in group.items() if key != "params"}, "names": names}
         for group, names in zip(optimizer.param_groups, names_by_group(model, optimizer), strict=True)
     ]
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(entry) for parameter, entry in optimizer.state.items()}
     content = {"format": _FORMAT, "defaults": optimizer.defaults, "groups": groups, "state": state}
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
     return Path(path)
 
 
@@ -41,6 +43,7 @@ def load_optimizer(path: str | Path, model: GPT2LMHeadModel) -> AdamW:
     InvalidInput if the file cannot be read to its end, is of another format, or belongs to a model with other
     parameters.
     """
+    model = plain_model(model)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
@@ -54,10 +57,11 @@ def load_optimizer(path: str | Path, model: GPT2LMHeadModel) -> AdamW:
     wanted = [name for group in content["groups"] for name in group["names"]]
     if missing := sorted(set(wanted) - set(parameters)):
         raise InvalidInput(f"{path} is of another model: this one has no parameters {missing[:5]}")
-    groups = [
-        {"params": [parameters[name] for name in group.pop("names")], **group}
-        for group in copy.deepcopy(content["groups"])
-    ]
+    groups = []
+    for group in copy.deepcopy(content["groups"]):
+        held = [parameters[name] for name in group.pop("names")]
+        called = group.pop("param_names", None)  # the names that the optimizer itself was given, if any
+        groups.append({"params": held if called is None else list(zip(called, held, strict=True)), **group})
     defaults = {key: value for key, value in content["defaults"].items() if key != "decoupled_weight_decay"}
     optimizer = AdamW(groups, **defaults)
     for name, entry in content["state"].items():

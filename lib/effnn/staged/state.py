@@ -111,6 +111,7 @@ class Recipe:
             _check_number(self, name, 0, math.inf)
         if not (isinstance(self.weight_decay, Real) and 0 <= self.weight_decay < math.inf):
             raise InvalidInput(f"weight_decay={self.weight_decay!r}: expected a number of 0 or more")
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list from JSON or YAML says the same
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InvalidInput(f"betas={self.betas!r}: expected two numbers of 0 or more and below 1")
         if not callable(self.schedule):

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from effnn.base import InvalidInput
 from effnn.staged.batches import Batches, mixed_seed, validation_windows
-from effnn.staged.begin import begin, checked_stages, config_of, enter
+from effnn.staged.begin import begin, checked_stages, config_of, enter, plain_start
 from effnn.staged.checkpoint import Checkpoints
 from effnn.staged.fingerprint import fingerprint
 from effnn.staged.flops import Shape, training_flops
@@ -54,20 +54,23 @@ def train(
     """The training state after `stages`; `start` is not changed, and the global random generators are not either.
 
     start: a configuration (weights drawn from recipe.seed; its first stage cannot grow), a model (with a new AdamW), or
-    a state, which goes on with its own AdamW and its own peak rate. One call with two stages is two calls with one.
-    train_tokens, validation_tokens: 1-D tensors or NumPy arrays of token ids, memory-mapped ones too (batches.py).
+    a state, which goes on with its own AdamW and its own peak rate; in the wrappers of torch or accelerate too
+    (unwrap.py). Every module is put into train mode. One call with two stages is two calls with one.
+    train_tokens, validation_tokens: 1-D tensors or NumPy arrays of token ids, memory-mapped ones too (token_arrays.py).
     folder: for checkpoints; the same call again goes on from the newest one, and only loads the result where the run
-    had finished. All ranks must see it. device: "cuda" is LOCAL_RANK's device under torchrun. stop: asked after every
-    evaluation, on rank 0; True ends the run there. It is not part of what makes a run the same run.
+    had finished. One process at a time may use it, and all ranks must see it. device: "cuda" is LOCAL_RANK's device
+    under torchrun. stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of what makes
+    a run the same run.
 
     With dropout another number of ranks draws other masks; without it the curve is the same up to rounding.
 
-    Raises InvalidInput for arguments that do not fit together, a folder of another run, a damaged checkpoint and tokens
-    outside the vocabulary, and Diverged (an InvalidInput) for a loss that is not finite.
+    Raises InvalidInput for arguments that do not fit together, a folder of another run or in use by another process, a
+    damaged checkpoint and tokens outside the vocabulary, Diverged (an InvalidInput) for a loss that is not finite, and
+    CannotWrite where the disk takes no checkpoint: the message names the one that remains.
     """
     ranks = Ranks.current(device)
     with _own_random_state(ranks.device):
-        run = _Run(start, stages, recipe, train_tokens, validation_tokens, folder, ranks, stop)
+        run = _Run(plain_start(start), stages, recipe, train_tokens, validation_tokens, folder, ranks, stop)
         return run(progress and ranks.rank == 0)
 
 
@@ -88,10 +91,13 @@ class _Run:
         self.start, self.checkpoints = start, None
         if folder is not None:
             identity = ranks.first(lambda: fingerprint(start, self.stages, recipe, train_tokens, validation_tokens))
-            self.checkpoints = Checkpoints(Path(folder), identity, recipe, ranks)
+            self.checkpoints = Checkpoints(Path(folder), identity, recipe, ranks, start, self.stages)
 
     def __call__(self, progress: bool) -> TrainState:
-        saved = self.checkpoints.load() if self.checkpoints else None
+        with self.checkpoints.opened() if self.checkpoints else nullcontext() as saved:
+            return self._go_on(saved, progress)
+
+    def _go_on(self, saved: tuple[TrainState, bool] | None, progress: bool) -> TrainState:
         self.state, finished = saved or (begin(self.start, self.recipe, self.ranks.device), False)
         first = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
         before = self.start.step if isinstance(self.start, TrainState) else 0
