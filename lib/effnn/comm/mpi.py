@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput, NotAvailable
-from effnn.comm.layout import as_bytes, flat_view
+from effnn.comm.layout import as_bytes, flat_view, is_view
 from effnn.comm.process_group import LaneProcessGroup
 from effnn.comm.work import Call, Lane, LaneWork, LibraryError, Request
 
@@ -135,6 +135,7 @@ class MPIProcessGroup(LaneProcessGroup):
     NAME = "mpi4py"
     SUPPORT = SUPPORT
     _may_alias = False
+    _compares_int16 = True
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(lane(), store, rank, size, timeout)
@@ -145,14 +146,16 @@ class MPIProcessGroup(LaneProcessGroup):
                 f"mpi4py: a group of {size} ranks was asked for, but MPI knows {world.Get_size()}. Start the processes "
                 f"with MPI's launcher: mpiexec -n {size} python ..."
             )
-        store.set(f"mpi_rank_{rank}", str(world.Get_rank()))
-        members = [int(store.get(f"mpi_rank_{other}")) for other in range(size)]
+        self._store.set(f"mpi_rank_{rank}", str(world.Get_rank()))
+        members = [int(self._store.get(f"mpi_rank_{other}")) for other in range(size)]
         self._operations = {
             "sum": self._mpi.SUM,
-            "avg": self._mpi.SUM,
             "product": self._mpi.PROD,
             "min": self._mpi.MIN,
             "max": self._mpi.MAX,
+            "band": self._mpi.BAND,
+            "bor": self._mpi.BOR,
+            "bxor": self._mpi.BXOR,
         }
         group = world.Get_group().Incl(members)
         # A tag that the members agree on, so that groups of other ranks may be made at the same time.
@@ -163,6 +166,7 @@ class MPIProcessGroup(LaneProcessGroup):
         self._communicator = self._mpi.COMM_WORLD.Create_group(group, tag)
         self._communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
         group.Free()
+        self._checks.largest_tag = self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB)
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> Request:
         wide, narrow = _widened(flat)
@@ -242,7 +246,7 @@ class MPIProcessGroup(LaneProcessGroup):
             return _Wait(self._communicator.Irecv(_buffer(as_bytes(flat), self._mpi), source, tag), status=status)
 
         def finish() -> None:
-            if not tensor.is_contiguous():
+            if not is_view(flat, tensor):
                 tensor.detach().copy_(flat.view(tensor.shape))
 
         return self._issue("recv", start, [tensor], finish, source=status.Get_source, alike="")
@@ -287,6 +291,7 @@ def _buffer(flat: Tensor, mpi, parts: int = 1) -> list:
     names = {
         torch.uint8: "UINT8_T",
         torch.int8: "INT8_T",
+        torch.int16: "INT16_T",
         torch.int32: "INT32_T",
         torch.int64: "INT64_T",
         torch.float32: "FLOAT",
