@@ -466,7 +466,7 @@ class LaneProcessGroup(NamedGroup):
                 raise LibraryError(f"{name} over {self.NAME}: {error}") from error
             return AllOf.of(begun) if isinstance(begun, list) else begun
 
-        call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source)
+        call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source, bool(alike))
         return self._lane.submit(call)
 
     def _expect_open(self, name: str) -> None:

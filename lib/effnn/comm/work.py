@@ -15,6 +15,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,6 +63,7 @@ class Call:
     finish: Callable[[], None] | None = None
     timeout: float | None = None  # seconds from its start; None: no limit
     source: Callable[[], int] | None = None  # of a receive from any source: the rank that sent, known at its end
+    collective: bool = False  # all ranks begin such calls in the same order
 
 
 class LaneWork(dist.Work):
@@ -168,6 +170,7 @@ class Lane:
         self._running: dict[LaneWork, tuple[Request | None, float]] = {}  # work -> request, deadline
         self._guard = threading.Lock()
         self._waiting: set[LaneWork] = set()
+        self._held: deque[LaneWork] = deque()  # collectives, while one that runs is yet to begin more of its own
         self._inside = False  # in a call of the library that may never return
         self._process = os.getpid()
         self._stopped = threading.Event()
@@ -235,10 +238,15 @@ class Lane:
                 work = None
             idle = work is None
             if not idle:
-                self._start(work)
+                if work._call.collective and (self._held or self._begins_more()):
+                    self._held.append(work)
+                else:
+                    self._start(work)
                 polls = 0
             work = None  # its tensors must not live on here while the lane waits for the next call
             self._poll()
+            while self._held and self.failure is None and not self._begins_more():
+                self._start(self._held.popleft())
             if self._running and idle:
                 polls += 1
                 if polls > _POLLS_BEFORE_SLEEP:
@@ -264,6 +272,9 @@ class Lane:
             self._error(work, error)
         finally:
             self._inside = False
+
+    def _begins_more(self) -> bool:
+        return any(getattr(request, "begins_more", False) for request, _ in self._running.values())
 
     def _poll(self) -> None:
         for work, (request, _) in list(self._running.items()):
