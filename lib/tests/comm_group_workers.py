@@ -17,8 +17,8 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 from effnn.base import InvalidInput
 from effnn.comm import CollectiveFailed, CollectiveTimeout
-from effnn.comm.arguments import REDUCED_TYPES
 from effnn.comm.process_group import LaneProcessGroup
+from effnn.comm.reductions import REDUCED_TYPES
 
 CHECKS = {}
 
@@ -451,8 +451,10 @@ def what_cannot_be_done_is_refused_and_harms_nothing():
         return
     attempts = {
         "takes float16": lambda: dist.all_reduce(torch.ones(3, dtype=torch.int16)),
-        "takes float16, bfloat16": lambda: dist.all_reduce(torch.ones(3, dtype=torch.bool)),
-        "knows sum": lambda: dist.all_reduce(torch.ones(3, dtype=torch.int32), dist.ReduceOp.BAND),
+        "made of the bits of": lambda: dist.all_reduce(torch.ones(3), dist.ReduceOp.BAND),
+        "avg needs a floating type, not torch.bool": lambda: dist.all_reduce(
+            torch.ones(3, dtype=torch.bool), dist.ReduceOp.AVG
+        ),
         "avg needs a floating type": lambda: dist.all_reduce(torch.ones(3, dtype=torch.int32), dist.ReduceOp.AVG),
         "times the elements": lambda: dist.all_gather_into_tensor(torch.zeros(size * 3 + 1), torch.zeros(3)),
         "expected a tensor of 3": lambda: dist.all_gather([torch.zeros(2)] * size, torch.zeros(3)),

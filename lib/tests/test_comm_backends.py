@@ -249,7 +249,7 @@ def test_a_group_for_another_device(monkeypatch, nothing_built):
         return workers.FakeProcessGroup._create_internal(options.group_rank, options.group_size)
 
     monkeypatch.setitem(dist.Backend._plugins, "EXTENDED", dist.Backend._BackendPlugin(with_options, True))
-    monkeypatch.setattr(other_devices, "_configured", lambda owner: {"cuda": "nccl", "xpu": "xccl", "meta": "extended"})
+    monkeypatch.setattr(other_devices, "configured", lambda owner: {"cuda": "nccl", "xpu": "xccl", "meta": "extended"})
     arguments = dist.HashStore(), 0, 2, ENDED
     with pytest.raises(NotAvailable, match="nccl: this torch was built without it; install a CUDA build"):
         other_devices.other_device_group(Owner(), "cuda", *arguments)

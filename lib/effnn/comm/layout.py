@@ -19,22 +19,64 @@ def single(name: str, values: Sequence) -> Sequence:
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """The values in order, contiguous: a view where that is possible."""
-    return tensor.detach().contiguous().view(-1)
+    """The values in order, contiguous: a view where that is possible.
+
+    torch calls one element contiguous whatever its stride, and a conjugate or negated view contiguous although its
+    memory holds other values than it shows.
+    """
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.as_strided((plain.numel(),), (1,))
 
 
-def flat_in_place(tensors: Sequence[Tensor], receives: bool = True) -> tuple[list[Tensor], Finish]:
-    """Flat buffers for tensors that a call overwrites, and what copies back those that could not be used in place."""
+def is_view(flat: Tensor, tensor: Tensor) -> bool:
+    """Whether `flat_view` gave the tensor's own memory, so that writing there is writing to the tensor."""
+    return flat.data_ptr() == tensor.data_ptr()
+
+
+def flat_in_place(name: str, tensors: Sequence[Tensor], receives: bool = True) -> tuple[list[Tensor], Finish]:
+    """Flat buffers for tensors that a call overwrites, and what copies back those that could not be used in place.
+
+    receives: False on a rank whose tensors are only read. Raises InvalidInput for a tensor that cannot be written to.
+    """
     flats = [flat_view(tensor) for tensor in tensors]
-    copied = [
-        (tensor, flat) for tensor, flat in zip(tensors, flats, strict=True) if not tensor.is_contiguous() and receives
-    ]
+    if not receives:
+        return flats, None
+    expect_own_memory(name, tensors)
+    copied = [(tensor, flat) for tensor, flat in zip(tensors, flats, strict=True) if not is_view(flat, tensor)]
 
     def copy_back() -> None:
         for tensor, flat in copied:
             tensor.detach().copy_(flat.view(tensor.shape))
 
     return flats, copy_back if copied else None
+
+
+def expect_own_memory(name: str, outputs: Sequence[Tensor]) -> None:
+    """Refuse, with InvalidInput, to write into tensors of which two elements are the same memory."""
+    for output in outputs:
+        if not output.is_contiguous() and _overlaps_itself(output):
+            raise InvalidInput(
+                f"{name}: an output of shape {tuple(output.shape)} and strides {output.stride()} has elements that "
+                "share memory, as expand() makes them; pass output.contiguous()"
+            )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Exact: where the strides alone do not tell, the places of all elements are counted."""
+    steps = sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1)
+    reach = 0
+    for stride, length in steps:
+        if length == 0:
+            return False
+        if stride <= reach:
+            break
+        reach += stride * (length - 1)
+    else:
+        return False
+    if tensor.numel() == 0:
+        return False
+    places = torch.arange(1 + sum(stride * (length - 1) for stride, length in steps))
+    return places.as_strided(tensor.shape, tensor.stride()).unique().numel() < tensor.numel()
 
 
 def overlaps(one: Tensor, other: Tensor) -> bool:
@@ -52,18 +94,6 @@ def fill(parts: Sequence[Tensor], flat: Tensor) -> None:
     """Copy equal shares of `flat` into the parts."""
     for part, values in zip(parts, flat.view(len(parts), -1), strict=True):
         part.detach().copy_(values.view(part.shape))
-
-
-def divide(flats: Sequence[Tensor], operation: str, size: int) -> Finish:
-    """An average is a sum, then divided."""
-    if operation != "avg":
-        return None
-
-    def divide() -> None:
-        for flat in flats:
-            flat.div_(size)
-
-    return divide
 
 
 def then(first: Finish, second: Finish) -> Finish:

@@ -21,8 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput, NotAvailable
-from effnn.comm.layout import as_bytes, flat_view
+from effnn.comm import pieces
+from effnn.comm.layout import as_bytes, flat_view, is_view
+from effnn.comm.pieces import by_columns, in_pieces
 from effnn.comm.process_group import LaneProcessGroup
+from effnn.comm.requests import AllOf
 from effnn.comm.work import Call, Lane, LaneWork, LibraryError, Request
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env), which has mpi4py and Intel MPI"
@@ -135,6 +138,7 @@ class MPIProcessGroup(LaneProcessGroup):
     NAME = "mpi4py"
     SUPPORT = SUPPORT
     _may_alias = False
+    _compares_int16 = True
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(lane(), store, rank, size, timeout)
@@ -145,14 +149,16 @@ class MPIProcessGroup(LaneProcessGroup):
                 f"mpi4py: a group of {size} ranks was asked for, but MPI knows {world.Get_size()}. Start the processes "
                 f"with MPI's launcher: mpiexec -n {size} python ..."
             )
-        store.set(f"mpi_rank_{rank}", str(world.Get_rank()))
-        members = [int(store.get(f"mpi_rank_{other}")) for other in range(size)]
+        self._store.set(f"mpi_rank_{rank}", str(world.Get_rank()))
+        members = [int(self._store.get(f"mpi_rank_{other}")) for other in range(size)]
         self._operations = {
             "sum": self._mpi.SUM,
-            "avg": self._mpi.SUM,
             "product": self._mpi.PROD,
             "min": self._mpi.MIN,
             "max": self._mpi.MAX,
+            "band": self._mpi.BAND,
+            "bor": self._mpi.BOR,
+            "bxor": self._mpi.BXOR,
         }
         group = world.Get_group().Incl(members)
         # A tag that the members agree on, so that groups of other ranks may be made at the same time.
@@ -163,51 +169,70 @@ class MPIProcessGroup(LaneProcessGroup):
         self._communicator = self._mpi.COMM_WORLD.Create_group(group, tag)
         self._communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
         group.Free()
+        self._own_tag = self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB)  # of the messages that this class makes itself
+        self._checks.largest_tag = self._own_tag - 1
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> Request:
-        wide, narrow = _widened(flat)
-        request = self._communicator.Iallreduce(
-            self._mpi.IN_PLACE, _buffer(wide, self._mpi), self._operations[operation]
-        )
-        return _Wait(request, narrow)
+        def start(piece: Tensor) -> Request:
+            wide, narrow = _widened(piece)
+            operands = self._mpi.IN_PLACE, _buffer(wide, self._mpi), self._operations[operation]
+            return _Wait(self._communicator.Iallreduce(*operands), narrow)
+
+        return in_pieces(start, flat)
 
     def _run_broadcast(self, flat: Tensor, root: int) -> Request:
-        return _Wait(self._communicator.Ibcast(_buffer(flat, self._mpi), root))
+        return in_pieces(lambda piece: _Wait(self._communicator.Ibcast(_buffer(piece, self._mpi), root)), flat)
 
     def _run_reduce(self, flat: Tensor, root: int, operation: str) -> Request:
-        wide, narrow = _widened(flat)
         here = self._rank == root
-        request = self._communicator.Ireduce(
-            self._mpi.IN_PLACE if here else _buffer(wide, self._mpi),
-            _buffer(wide, self._mpi) if here else None,
-            self._operations[operation],
-            root,
-        )
-        return _Wait(request, narrow if here else None, keep=wide)
+
+        def start(piece: Tensor) -> Request:
+            wide, narrow = _widened(piece)
+            memory = _buffer(wide, self._mpi)
+            operands = (self._mpi.IN_PLACE, memory) if here else (memory, None)
+            request = self._communicator.Ireduce(*operands, self._operations[operation], root)
+            return _Wait(request, narrow if here else None, keep=wide)
+
+        return in_pieces(start, flat)
 
     def _run_all_gather(self, output: Tensor, flat: Tensor) -> Request:
-        return _Wait(self._communicator.Iallgather(_buffer(flat, self._mpi), _buffer(output, self._mpi, self._size)))
+        def start(output: Tensor, source: Tensor) -> Request:
+            parts = _buffer(output, self._mpi, self._size)
+            return _Wait(self._communicator.Iallgather(_buffer(source, self._mpi), parts), keep=source)
+
+        return by_columns(start, output, flat, flat.numel(), self._size)
 
     def _run_gather(self, output: Tensor, flat: Tensor, root: int) -> Request:
-        received = _buffer(output, self._mpi, self._size) if self._rank == root else None
-        return _Wait(self._communicator.Igather(_buffer(flat, self._mpi), received, root))
+        def start(output: Tensor, source: Tensor) -> Request:
+            parts = _buffer(output, self._mpi, self._size) if self._rank == root else None
+            return _Wait(self._communicator.Igather(_buffer(source, self._mpi), parts, root), keep=source)
+
+        return by_columns(start, output, flat, flat.numel(), self._size)
 
     def _run_scatter(self, flat: Tensor, source: Tensor, root: int) -> Request:
-        sent = _buffer(source, self._mpi, self._size) if self._rank == root else None
-        return _Wait(self._communicator.Iscatter(sent, _buffer(flat, self._mpi), root))
+        def start(output: Tensor, source: Tensor) -> Request:
+            parts = _buffer(source, self._mpi, self._size) if self._rank == root else None
+            return _Wait(self._communicator.Iscatter(parts, _buffer(output, self._mpi), root), keep=source)
+
+        return by_columns(start, flat, source, flat.numel(), self._size)
 
     def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> Request:
         half = flat.dtype in (torch.float16, torch.bfloat16)
-        source, target = (flat.float(), output.float()) if half else (flat, output)
-        request = self._communicator.Ireduce_scatter_block(
-            _buffer(source, self._mpi, self._size), _buffer(target, self._mpi), self._operations[operation]
-        )
-        return _Wait(request, (lambda: output.copy_(target)) if half else None, keep=source)
+
+        def start(output: Tensor, source: Tensor) -> Request:
+            wide, target = (source.float(), output.float()) if half else (source, output)
+            operands = _buffer(wide, self._mpi, self._size), _buffer(target, self._mpi), self._operations[operation]
+            request = self._communicator.Ireduce_scatter_block(*operands)
+            return _Wait(request, (lambda: output.copy_(target)) if half else None, keep=wide)
+
+        return by_columns(start, output, flat, output.numel(), self._size)
 
     def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request:
-        return _Wait(
-            self._communicator.Ialltoall(_buffer(flat, self._mpi, self._size), _buffer(output, self._mpi, self._size))
-        )
+        def start(output: Tensor, source: Tensor) -> Request:
+            sent, parts = _buffer(source, self._mpi, self._size), _buffer(output, self._mpi, self._size)
+            return _Wait(self._communicator.Ialltoall(sent, parts), keep=source)
+
+        return by_columns(start, output, flat, flat.numel() // self._size, self._size)
 
     def _uneven_all_to_all(
         self, output: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
@@ -215,34 +240,57 @@ class MPIProcessGroup(LaneProcessGroup):
         item = flat.element_size()
 
         def counted(tensor: Tensor, parts: Sequence[int]) -> list:
+            """The parts in one call; those that are too large for it are left out, at both of their ends."""
             counts = [part * item for part in parts]
             starts = [sum(counts[:rank]) for rank in range(len(counts))]
+            counts = [count if count <= pieces.LARGEST // self._size else 0 for count in counts]
             return [_memory(tensor), (counts, starts), self._mpi.BYTE]
 
-        return lambda: _Wait(self._communicator.Ialltoallv(counted(flat, sent), counted(output, received)))
+        def start() -> Request:
+            requests = [_Wait(self._communicator.Ialltoallv(counted(flat, sent), counted(output, received)))]
+            ends = zip(flat.split(list(sent)), output.split(list(received)), strict=True)
+            for rank, (there, here) in enumerate(ends):
+                if rank == self._rank and there.nbytes > pieces.LARGEST // self._size:
+                    here.copy_(there)
+                    continue
+                for part, call in ((there, self._communicator.Isend), (here, self._communicator.Irecv)):
+                    if part.nbytes > pieces.LARGEST // self._size:
+                        requests += [
+                            _Wait(call(_buffer(as_bytes(piece), self._mpi), rank, self._own_tag))
+                            for piece in pieces.split(part)
+                        ]
+            return AllOf.of(requests)
+
+        return start
 
     def _run_barrier(self) -> Request:
         return _Wait(self._communicator.Ibarrier())
 
     def _send(self, tensor: Tensor, rank: int, tag: int) -> LaneWork:
         flat = flat_view(tensor)
-        return self._issue(
-            f"send to rank {rank}",
-            lambda: _Wait(self._communicator.Isend(_buffer(as_bytes(flat), self._mpi), rank, tag)),
-            [tensor],
-            alike="",
-        )
+
+        def start() -> list[Request]:
+            parts = pieces.split(as_bytes(flat))
+            return [_Wait(self._communicator.Isend(_buffer(part, self._mpi), rank, tag)) for part in parts]
+
+        return self._issue(f"send to rank {rank}", start, [tensor], alike="")
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> LaneWork:
         source = self._mpi.ANY_SOURCE if rank is None else rank
         flat = flat_view(tensor)
+        parts = pieces.split(as_bytes(flat))
+        if rank is None and len(parts) > 1:
+            raise InvalidInput(
+                f"recv over mpi4py from any rank takes {pieces.LARGEST} bytes at most, got {flat.nbytes}; name the rank"
+            )
         status = self._mpi.Status()
 
-        def start() -> Request:
-            return _Wait(self._communicator.Irecv(_buffer(as_bytes(flat), self._mpi), source, tag), status=status)
+        def start() -> list[Request]:
+            calls = (self._communicator.Irecv(_buffer(part, self._mpi), source, tag) for part in parts)
+            return [_Wait(request, status=status) for request in calls]
 
         def finish() -> None:
-            if not tensor.is_contiguous():
+            if not is_view(flat, tensor):
                 tensor.detach().copy_(flat.view(tensor.shape))
 
         return self._issue("recv", start, [tensor], finish, source=status.Get_source, alike="")
@@ -287,6 +335,7 @@ def _buffer(flat: Tensor, mpi, parts: int = 1) -> list:
     names = {
         torch.uint8: "UINT8_T",
         torch.int8: "INT8_T",
+        torch.int16: "INT16_T",
         torch.int32: "INT32_T",
         torch.int64: "INT64_T",
         torch.float32: "FLOAT",

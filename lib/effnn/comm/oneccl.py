@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import PythonCallbackWork
 
 from effnn.base import InvalidInput
 from effnn.comm.interfaces import communication_interface
-from effnn.comm.layout import flat_view
+from effnn.comm.layout import as_bytes, flat_view, is_view
 from effnn.comm.oneccl_library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.process_group import LaneProcessGroup
 from effnn.comm.work import Call, Lane, skip_destructors
@@ -54,6 +54,16 @@ SUPPORT = {
     "reduce_scatter": "native",
     "all_to_all": "native",
     "barrier": "composed",
+}
+
+_BITWISE = ("band", "bor", "bxor")  # not in the library's API
+
+_COMBINE = {
+    "sum": Tensor.add_,
+    "product": Tensor.mul_,
+    "band": Tensor.bitwise_and_,
+    "bor": Tensor.bitwise_or_,
+    "bxor": Tensor.bitwise_xor_,
 }
 
 logger = logging.getLogger(__name__)
@@ -92,22 +102,20 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._messages: dist.ProcessGroupGloo | None = None
         self._lane.run(Call(f"joining a group of {size} ranks", self._join, timeout=self._timeout))
         if size > 1:
-            self._messages = _gloo_beside(dist.PrefixStore("messages/", store), rank, size, timeout)
+            self._messages = _gloo_beside(dist.PrefixStore("messages/", self._store), rank, size, timeout)
 
     def _join(self) -> None:
-        # Numbered, since a store may outlive a group and serve its successor.
-        self._number = self._store.add(f"oneccl_joins_{self._rank}", 1)
-        key = f"oneccl_id_{self._number}"
         if self._rank == 0:
-            self._store.set(key, library().unique_id().hex())
-        shared = bytes.fromhex(self._store.get(key).decode())
+            self._store.set("id", library().unique_id().hex())
+        shared = bytes.fromhex(self._store.get("id").decode())
         self._communicator = library().communicator(shared, self._rank, self._size)
 
     # Native calls.
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> None:
-        if self._sum_order == "gloo" and self._size > 2 and operation not in ("min", "max"):
-            self._all_reduce_in_gloos_order(flat, operation)
+        in_gloos_order = self._sum_order == "gloo" and self._size > 2 and operation in ("sum", "product")
+        if in_gloos_order or operation in _BITWISE:
+            self._all_reduce_by_exchange(flat, operation)
         else:
             pointer = flat.data_ptr()
             self._call("AllReduce", pointer, pointer, flat.numel(), *_kind(flat, operation))
@@ -117,12 +125,20 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     def _run_reduce(self, flat: Tensor, root: int, operation: str) -> None:
         result = flat if self._rank == root else torch.empty_like(flat)  # the library writes into it on every rank
+        if operation in _BITWISE:
+            self._all_reduce_by_exchange(result.copy_(flat), operation)
+            return
         self._call("Reduce", flat.data_ptr(), result.data_ptr(), flat.numel(), *_kind(flat, operation), root)
 
     def _run_all_gather(self, output: Tensor, flat: Tensor) -> None:
         self._call("AllGather", flat.data_ptr(), output.data_ptr(), flat.numel(), TYPES["u8"])
 
     def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> None:
+        if operation in _BITWISE:
+            arrived = torch.empty_like(flat)
+            self._run_all_to_all(as_bytes(arrived), as_bytes(flat))
+            output.copy_(self._combined(arrived.view(self._size, -1), operation))
+            return
         kind = _kind(flat, operation)
         self._call("ReduceScatter", flat.data_ptr(), output.data_ptr(), output.numel(), *kind)
 
@@ -161,31 +177,37 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
         return start
 
-    def _all_reduce_in_gloos_order(self, flat: Tensor, operation: str) -> None:
-        """Chunk c is combined at one rank in the order c-1, c-2, ..., c (modulo W), as gloo's ring does."""
+    def _all_reduce_by_exchange(self, flat: Tensor, operation: str) -> None:
+        """Every rank combines one chunk and hands it to all: for what the library does not know, or not in this order.
+
+        Chunk c is combined at one rank in the order c-1, c-2, ..., c (modulo W), as gloo's ring does.
+        """
         size, width = self._size, _gloo_chunk(flat, self._size)
         padded, arrived = flat.new_zeros(size * width), flat.new_empty(size * width)
         padded[: flat.numel()] = flat
-        self._run_all_to_all(arrived.view(torch.uint8), padded.view(torch.uint8))
-        parts = arrived.view(size, width)  # row r: what rank r holds of this rank's chunk
-        total = parts[(self._rank - 1) % size].clone()
-        for step in range(2, size + 1):
-            part = parts[(self._rank - step) % size]
-            total = total.add_(part) if operation in ("sum", "avg") else total.mul_(part)
-        self._run_all_gather(padded.view(torch.uint8), total.view(torch.uint8))
+        self._run_all_to_all(as_bytes(arrived), as_bytes(padded))
+        total = self._combined(arrived.view(size, width), operation)
+        self._run_all_gather(as_bytes(padded), as_bytes(total))
         flat.copy_(padded[: flat.numel()])
+
+    def _combined(self, parts: Tensor, operation: str) -> Tensor:
+        """parts: row r is what rank r holds of this rank's chunk."""
+        total = parts[(self._rank - 1) % self._size].clone()
+        for step in range(2, self._size + 1):
+            total = _COMBINE[operation](total, parts[(self._rank - step) % self._size])
+        return total
 
     # Messages between two ranks.
 
     def _send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
-        return self._gloo().send([flat_view(tensor).view(torch.uint8)], rank, tag)
+        return self._gloo().send([as_bytes(flat_view(tensor))], rank, tag)
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
         flat = flat_view(tensor)
-        buffer = [flat.view(torch.uint8)]
+        buffer = [as_bytes(flat)]
         gloo = self._gloo()
         work = gloo.recv_anysource(buffer, tag) if rank is None else gloo.recv(buffer, rank, tag)
-        if tensor.is_contiguous():
+        if is_view(flat, tensor):
             return work
 
         def wait(timeout: timedelta) -> bool:
@@ -219,7 +241,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     def _all_leave(self) -> bool:
         """Whether every rank has come to leave; the first that knows, or that tires of waiting, decides it for all."""
-        end, place = time.monotonic() + min(self._timeout, _LEAVING), f"oneccl_left_{self._number}"
+        end, place = time.monotonic() + min(self._timeout, _LEAVING), "left"
         try:
             self._store.add(place, 1)
             while self._store.add(place, 0) < self._size and time.monotonic() < end:
@@ -245,8 +267,8 @@ def _gloo_beside(store: dist.Store, rank: int, size: int, timeout: timedelta) ->
 
 
 def _kind(flat: Tensor, operation: str) -> tuple[int, int]:
-    """Numbers of the type and the reduction; an average is summed here and divided later."""
-    return _TYPE_NUMBERS[flat.dtype], OPERATIONS["sum" if operation == "avg" else operation]
+    """Numbers of the type and the reduction."""
+    return _TYPE_NUMBERS[flat.dtype], OPERATIONS[operation]
 
 
 def _gloo_chunk(flat: Tensor, size: int) -> int:

@@ -20,7 +20,7 @@ def other_device_group(
 
     Raises InvalidInput when it names none, NotAvailable when this torch was built without it.
     """
-    named = _configured(owner)
+    named = configured(owner)
     if device not in named:
         raise InvalidInput(
             f"{owner.getBackendName()} runs on CPU tensors; for {device} tensors name a backend as well, as in "
@@ -33,7 +33,8 @@ def other_device_group(
     return group
 
 
-def _configured(owner: dist.ProcessGroup) -> dict[str, str]:
+def configured(owner: dist.ProcessGroup) -> dict[str, str]:
+    """Device type -> name of the backend, as the group was asked for."""
     text = str(c10d._world.pg_backend_config.get(owner, ""))
     return dict(part.split(":", 1) for part in text.split(",") if ":" in part)
 

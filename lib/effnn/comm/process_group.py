@@ -18,9 +18,22 @@ from torch import Tensor
 
 from effnn.base import InvalidInput
 from effnn.comm.agreement import Agreement, describe, wanted
-from effnn.comm.arguments import Checks
-from effnn.comm.layout import Finish, as_bytes, divide, fill, flat_in_place, flat_view, overlaps, single, then
+from effnn.comm.arguments import Checks, guarded
+from effnn.comm.identity import NamedGroup
+from effnn.comm.layout import (
+    Finish,
+    as_bytes,
+    expect_own_memory,
+    fill,
+    flat_in_place,
+    flat_view,
+    overlaps,
+    single,
+    then,
+)
+from effnn.comm.monitored import monitored_barrier
 from effnn.comm.other_devices import other_device_group
+from effnn.comm.reductions import Reduction, operation_of, restoring
 from effnn.comm.requests import AllOf, Steps
 from effnn.comm.sparse import sum_of_rows
 from effnn.comm.work import Call, CollectiveFailed, Lane, LaneWork, LibraryError, Request
@@ -28,7 +41,7 @@ from effnn.comm.work import Call, CollectiveFailed, Lane, LaneWork, LibraryError
 logger = logging.getLogger(__name__)
 
 
-class LaneProcessGroup(dist.ProcessGroup):
+class LaneProcessGroup(NamedGroup):
     """Base of the process groups of this room; see the module's text.
 
     SUPPORT: operation -> native (one call of the library), composed (of several) or delegated (to another library).
@@ -38,55 +51,18 @@ class LaneProcessGroup(dist.ProcessGroup):
     SUPPORT: Mapping[str, str]
 
     def __init__(self, lane: Lane, store: dist.Store, rank: int, size: int, timeout: timedelta):
-        super().__init__(rank, size)
-        self._lane, self._store, self._rank, self._size = lane, store, rank, size
-        self._timeout = timeout.total_seconds()
-        self._checks = Checks(self.NAME, size)
-        self._agreement = Agreement(dist.PrefixStore("calls/", store), rank, size) if wanted() else None
+        super().__init__(store, rank, size, timeout)
+        self._lane = lane
+        self._checks = Checks(self.NAME, size, self._compares_int16, self._largest_tag)
+        self._agreement = Agreement(dist.PrefixStore("calls/", self._store), rank, size) if wanted() else None
         self._closed = False
-        self._name = self._description = ""
+        self._barriers = 0
         self._others: dict[str, dist.ProcessGroup] = {}  # device type -> group for tensors that are not on the CPU
 
-    # What torch asks a group about itself.
-
-    def getBackendName(self) -> str:  # noqa: N802
-        return self.NAME
-
-    def _get_backend_name(self) -> str:
-        return self.NAME
-
-    def getRank(self) -> int:  # noqa: N802
-        return self._rank
-
-    def getSize(self) -> int:  # noqa: N802
-        return self._size
-
-    def setGroupName(self, name: str) -> None:  # noqa: N802
-        self._name = name
-
-    def getGroupName(self) -> str:  # noqa: N802
-        return self._name
-
-    def setGroupDesc(self, description: str) -> None:  # noqa: N802
-        self._description = description
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        return self._description
-
-    def get_group_store(self) -> dist.Store:
-        return self._store
-
-    @property
-    def timeout(self) -> timedelta:
-        """Time-out of a call that brings none of its own."""
-        return timedelta(seconds=self._timeout)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Time-out of calls issued from now on."""
-        self._timeout = timeout.total_seconds()
-
-    def _set_default_timeout(self, timeout: timedelta) -> None:
-        self.set_timeout(timeout)
+    def _get_backend(self, device: torch.device) -> dist.ProcessGroup:
+        """What serves a device's tensors: this group itself for the CPU's."""
+        device = torch.device(device)
+        return self if device.type == "cpu" else self._group_for(device.type)._get_backend(device)
 
     def shutdown(self) -> None:
         """Finish what was issued and leave the group; called by destroy_process_group. Errors are not raised again."""
@@ -105,54 +81,56 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     # Collectives, under torch's names.
 
+    @guarded("all_reduce", sparse=True)
     def allreduce(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,) = single("all_reduce", tensors)
-        other = self._other("allreduce", tensors, tensors, opts)
-        if other is not None:
-            return other
         if tensor.layout is torch.sparse_coo:
             return self._sparse_all_reduce(tensor, opts)
-        return self.allreduce_coalesced(tensors, opts)
+        return self._all_reduce(tensors, opts)
 
+    @guarded("all_reduce")
     def allreduce_coalesced(self, tensors: list[Tensor], opts: object = None) -> LaneWork:
-        other = self._other("allreduce_coalesced", tensors, tensors, opts)
-        if other is not None:
-            return other
-        operation = self._checks.operation("all_reduce", opts, tensors)
+        return self._all_reduce(tensors, opts)
+
+    def _all_reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
+        reduction = self._checks.reduction("all_reduce", opts, tensors)
+        flats, finish = flat_in_place("all_reduce", tensors)
+        flats = [flat for flat in flats if flat.numel()]
+        carried = []
 
         def start() -> list[Request | None]:
-            return [self._run_all_reduce(flat, operation) for flat in buffers if flat.numel()]
+            carried.extend(map(reduction.carry, flats))
+            return [self._run_all_reduce(one, reduction.operation) for one in carried]
 
-        buffers, finish = flat_in_place(tensors)
-        return self._issue("all_reduce", start, tensors, then(divide(buffers, operation, self._size), finish), opts)
+        return self._issue("all_reduce", start, tensors, then(restoring(reduction, carried, flats), finish), opts)
 
+    @guarded("broadcast")
     def broadcast(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("broadcast", tensors)
         root = self._checks.root("broadcast", opts.rootRank)
-        other = self._other("broadcast", tensors, tensors, opts)
-        if other is not None:
-            return other
-        (flat,), finish = flat_in_place([tensor], receives=self._rank != root)
+        (flat,), finish = flat_in_place("broadcast", [tensor], receives=self._rank != root)
         return self._issue("broadcast", lambda: self._run_broadcast(as_bytes(flat), root), [tensor], finish, opts, flat)
 
+    @guarded("reduce")
     def reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("reduce", tensors)
         root = self._checks.root("reduce", opts.rootRank)
-        other = self._other("reduce", tensors, tensors, opts)
-        if other is not None:
-            return other
-        operation = self._checks.operation("reduce", opts, tensors)
-        (flat,), finish = flat_in_place([tensor], receives=self._rank == root)
-        if self._rank == root:
-            finish = then(divide([flat], operation, self._size), finish)
-        return self._issue("reduce", lambda: self._run_reduce(flat, root, operation), [tensor], finish, opts, flat)
+        reduction = self._checks.reduction("reduce", opts, tensors)
+        (flat,), finish = flat_in_place("reduce", [tensor], receives=self._rank == root)
+        carried = []
 
+        def start() -> Request | None:
+            carried.append(reduction.carry(flat))
+            return self._run_reduce(carried[0], root, reduction.operation)
+
+        if self._rank == root:
+            finish = then(restoring(reduction, carried, [flat]), finish)
+        return self._issue("reduce", start, [tensor], finish, opts, flat)
+
+    @guarded("all_gather")
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,), (parts,) = single("all_gather", inputs), single("all_gather", outputs)
-        other = self._other("allgather", [tensor, *parts], outputs, inputs, opts)
-        if other is not None:
-            return other
-        self._checks.parts("all_gather", parts, tensor, mine=self._rank)
+        self._checks.outputs("all_gather", parts, tensor, mine=self._rank)
         if len({part.numel() for part in parts}) > 1:
             return self._allgather_uneven(parts, tensor, opts)
         flat = flat_view(tensor)
@@ -166,60 +144,53 @@ class LaneProcessGroup(dist.ProcessGroup):
             flat,
         )
 
+    @guarded("all_gather_coalesced")
     def allgather_coalesced(
         self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: object = None
     ) -> LaneWork:
-        other = self._other("allgather_coalesced", inputs, output_lists, inputs, opts)
-        if other is not None:
-            return other
         if len(output_lists) != self._size or any(len(parts) != len(inputs) for parts in output_lists):
             raise InvalidInput(
                 f"all_gather_coalesced: expected {self._size} lists of {len(inputs)} tensors, one list a rank"
             )
         columns = list(zip(*output_lists, strict=True))
         for tensor, parts in zip(inputs, columns, strict=True):
-            self._checks.parts("all_gather", parts, tensor)
+            self._checks.outputs("all_gather", parts, tensor)
         flats = [flat_view(tensor) for tensor in inputs]
         outputs = [flat.new_empty(self._size * flat.numel()) for flat in flats]
-
-        def start() -> list[Request | None]:
-            pairs = zip(outputs, flats, strict=True)
-            return [self._run_all_gather(as_bytes(out), as_bytes(flat)) for out, flat in pairs if flat.numel()]
 
         def finish() -> None:
             for parts, output in zip(columns, outputs, strict=True):
                 fill(parts, output)
 
-        return self._issue("all_gather", start, [part for parts in columns for part in parts], finish, opts)
+        results = [part for parts in columns for part in parts]
+        return self._issue("all_gather", self._gathering(outputs, flats), results, finish, opts)
 
+    @guarded("all_gather_into_tensor")
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        other = self._other("all_gather_single", [output, tensor], output, tensor, opts)
-        return other if other is not None else self.all_gather_single_coalesced([output], [tensor], opts)
+        return self._all_gather_into([output], [tensor], opts)
 
+    @guarded("all_gather_into_tensor")
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None) -> LaneWork:
-        other = self._other("all_gather_single_coalesced", [*outputs, *inputs], outputs, inputs, opts)
-        if other is not None:
-            return other
+        return self._all_gather_into(outputs, inputs, opts)
+
+    def _all_gather_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
         self._checks.ratio("all_gather_into_tensor", outputs, inputs)
-        targets, finish = flat_in_place(outputs)
+        targets, finish = flat_in_place("all_gather_into_tensor", outputs)
         flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
+        return self._issue("all_gather", self._gathering(targets, flats), outputs, finish, opts)
 
-        def start() -> list[Request | None]:
-            pairs = zip(targets, flats, strict=True)
-            return [self._run_all_gather(as_bytes(out), as_bytes(flat)) for out, flat in pairs if flat.numel()]
+    def _gathering(self, outputs: list[Tensor], flats: list[Tensor]) -> Callable[[], list[Request | None]]:
+        pairs = [(as_bytes(out), as_bytes(flat)) for out, flat in zip(outputs, flats, strict=True) if flat.numel()]
+        return lambda: [self._run_all_gather(output, flat) for output, flat in pairs]
 
-        return self._issue("all_gather", start, outputs, finish, opts)
-
+    @guarded("gather")
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("gather", inputs)
         root = self._checks.root("gather", opts.rootRank)
-        other = self._other("gather", inputs, outputs, inputs, opts)
-        if other is not None:
-            return other
         here = self._rank == root
         parts = single("gather", outputs)[0] if here else []
         if here:
-            self._checks.parts("gather", parts, tensor)
+            self._checks.outputs("gather", parts, tensor)
         flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel()) if here or self._gathers_everywhere else flat.new_empty(0)
         return self._issue(
@@ -231,15 +202,12 @@ class LaneProcessGroup(dist.ProcessGroup):
             flat,
         )
 
+    @guarded("scatter")
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object) -> LaneWork:
         (tensor,) = single("scatter", outputs)
         root = self._checks.root("scatter", opts.rootRank)
-        other = self._other("scatter", outputs, outputs, inputs, opts)
-        if other is not None:
-            return other
-        here = self._rank == root
-        (flat,), finish = flat_in_place([tensor])
-        if here:
+        (flat,), finish = flat_in_place("scatter", [tensor])
+        if self._rank == root:
             parts = single("scatter", inputs)[0]
             self._checks.parts("scatter", parts, tensor)
             source = torch.cat([flat_view(part) for part in parts])
@@ -254,62 +222,69 @@ class LaneProcessGroup(dist.ProcessGroup):
             flat,
         )
 
+    @guarded("reduce_scatter")
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None) -> LaneWork:
         (output,), (parts,) = single("reduce_scatter", outputs), single("reduce_scatter", inputs)
-        other = self._other("reduce_scatter", [output, *parts], outputs, inputs, opts)
-        if other is not None:
-            return other
         self._checks.parts("reduce_scatter", parts, output, mine=self._rank)
-        operation = self._checks.operation("reduce_scatter", opts, parts)
-        (target,), finish = flat_in_place([output])
-        finish = then(divide([target], operation, self._size), finish)
+        reduction = self._checks.reduction("reduce_scatter", opts, parts)
+        targets, finish = flat_in_place("reduce_scatter", [output])
         if len({part.numel() for part in parts}) == 1:
-            flat = torch.cat([flat_view(part) for part in parts])
-            return self._issue(
-                "reduce_scatter",
-                lambda: self._run_reduce_scatter(target, flat, operation),
-                [output],
-                finish,
-                opts,
-                target,
-            )
+            sources = [torch.cat([flat_view(part) for part in parts])]
+            return self._reduce_scatter(targets, sources, reduction, [output], finish, opts)
         copies = [flat_view(part).clone() for part in parts]
+        carried = []
 
         def start() -> list[Request | None]:
             # Parts of different sizes: one reduction a rank.
-            return [self._run_reduce(part, root, operation) for root, part in enumerate(copies) if part.numel()]
+            carried.extend(map(reduction.carry, copies))
+            return [self._run_reduce(c, r, reduction.operation) for r, c in enumerate(carried) if c.numel()]
 
-        return self._issue(
-            "reduce_scatter",
-            start,
-            [output],
-            then(lambda: target.copy_(copies[self._rank]), finish),
-            opts,
-            alike="types",
-        )
+        def mine() -> None:
+            if targets[0].numel():
+                reduction.restore(carried[self._rank], targets[0])
 
+        return self._issue("reduce_scatter", start, [output], then(mine, finish), opts, alike="types")
+
+    @guarded("reduce_scatter_tensor")
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
-        other = self._other("reduce_scatter_single", [output, tensor], output, tensor, opts)
-        return other if other is not None else self.reduce_scatter_single_coalesced([output], [tensor], opts)
+        return self._reduce_scatter_into([output], [tensor], opts)
 
+    @guarded("reduce_scatter_tensor")
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
     ) -> LaneWork:
-        other = self._other("reduce_scatter_single_coalesced", [*outputs, *inputs], outputs, inputs, opts)
-        if other is not None:
-            return other
+        return self._reduce_scatter_into(outputs, inputs, opts)
+
+    def _reduce_scatter_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
         self._checks.ratio("reduce_scatter_tensor", inputs, outputs)
-        operation = self._checks.operation("reduce_scatter", opts, inputs)
-        targets, finish = flat_in_place(outputs)
-        flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
+        reduction = self._checks.reduction("reduce_scatter", opts, inputs)
+        targets, finish = flat_in_place("reduce_scatter_tensor", outputs)
+        sources = [self._apart(flat_view(tensor), targets) for tensor in inputs]
+        return self._reduce_scatter(targets, sources, reduction, outputs, finish, opts)
+
+    def _reduce_scatter(
+        self,
+        targets: list[Tensor],
+        sources: list[Tensor],
+        reduction: Reduction,
+        result: list[Tensor],
+        finish: Finish,
+        opts: object,
+    ) -> LaneWork:
+        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.numel()]
+        carried = []
 
         def start() -> list[Request | None]:
-            pairs = zip(targets, flats, strict=True)
-            return [self._run_reduce_scatter(out, flat, operation) for out, flat in pairs if flat.numel()]
+            begun = []
+            for target, source in pairs:
+                carried.append(reduction.carry(target))
+                begun.append(self._run_reduce_scatter(carried[-1], reduction.carry(source), reduction.operation))
+            return begun
 
-        finish = then(divide(targets, operation, self._size), finish)
-        return self._issue("reduce_scatter", start, outputs, finish, opts)
+        restore = restoring(reduction, carried, [target for target, _ in pairs])
+        return self._issue("reduce_scatter", start, result, then(restore, finish), opts)
 
+    @guarded("all_to_all_single")
     def all_to_all_single(
         self,
         output: Tensor,
@@ -318,14 +293,9 @@ class LaneProcessGroup(dist.ProcessGroup):
         input_splits: Sequence[int] = (),
         opts: object = None,
     ) -> LaneWork:
-        other = self._other(
-            "all_to_all_single", [output, tensor], output, tensor, [*output_splits], [*input_splits], opts
-        )
-        if other is not None:
-            return other
         if output.dtype != tensor.dtype:
             raise InvalidInput(f"all_to_all: output is {output.dtype}, input {tensor.dtype}; expected the same")
-        (target,), finish = flat_in_place([output])
+        (target,), finish = flat_in_place("all_to_all", [output])
         flat = self._apart(flat_view(tensor), [target])
         if not output_splits and not input_splits:
             if tensor.numel() % self._size or output.numel() != tensor.numel():
@@ -346,16 +316,15 @@ class LaneProcessGroup(dist.ProcessGroup):
         start = self._uneven_all_to_all(target, flat, received, sent)
         return self._issue("all_to_all", start, [output], finish, opts, alike="types")
 
+    @guarded("all_to_all")
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None) -> LaneWork:
-        other = self._other("alltoall", [*outputs, *inputs], outputs, inputs, opts)
-        if other is not None:
-            return other
         if len(outputs) != self._size or len(inputs) != self._size:
             raise InvalidInput(
                 f"all_to_all: expected lists of {self._size} tensors, got {len(outputs)} and {len(inputs)}"
             )
         if len({tensor.dtype for tensor in [*outputs, *inputs]}) > 1:
             raise InvalidInput("all_to_all: all tensors must be of one type")
+        expect_own_memory("all_to_all", outputs)
         flat = torch.cat([flat_view(tensor) for tensor in inputs])
         received, sent = [t.numel() for t in outputs], [t.numel() for t in inputs]
         target = flat.new_empty(sum(received))
@@ -370,20 +339,32 @@ class LaneProcessGroup(dist.ProcessGroup):
     def barrier(self, opts: object = None) -> LaneWork:
         return self._issue("barrier", self._run_barrier, [], None, opts)
 
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        self._expect_open("monitored_barrier")
+        self._barriers += 1
+        store = dist.PrefixStore(f"barrier_{self._barriers}/", self._store)
+        limit = timeout.total_seconds() if timeout else self._timeout
+        monitored_barrier(store, self._rank, self._size, limit, wait_all_ranks)
+
+    @guarded("send")
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("send", tensors)
-        self._expect_open("send")
-        return self._other("send", tensors, tensors, rank, tag) or self._send(tensor, rank, tag)
+        self._checks.peer("send", rank, self._rank, tag)
+        return self._send(tensor, rank, tag)
 
+    @guarded("recv")
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._expect_open("recv")
-        return self._other("recv", tensors, tensors, rank, tag) or self._receive(tensor, rank, tag)
+        self._checks.peer("recv", rank, self._rank, tag)
+        expect_own_memory("recv", tensors)
+        return self._receive(tensor, rank, tag)
 
+    @guarded("recv")
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._expect_open("recv")
-        return self._other("recv_anysource", tensors, tensors, tag) or self._receive(tensor, None, tag)
+        self._checks.peer("recv", None, self._rank, tag)
+        expect_own_memory("recv", tensors)
+        return self._receive(tensor, None, tag)
 
     # The names that older releases and the C++ side use for the same calls.
 
@@ -401,6 +382,12 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     _may_alias = True
     """Whether input and output of a call may share memory."""
+
+    _compares_int16 = False
+    """Whether reductions take int16 as well as the types of REDUCED_TYPES."""
+
+    _largest_tag = 2**31 - 1
+    """Of a message between two ranks."""
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> Request | None:
         raise NotImplementedError
@@ -479,7 +466,7 @@ class LaneProcessGroup(dist.ProcessGroup):
                 raise LibraryError(f"{name} over {self.NAME}: {error}") from error
             return AllOf.of(begun) if isinstance(begun, list) else begun
 
-        call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source)
+        call = Call(f"{name} of {self._size} ranks", run, result, finish, self._limit(opts), source, bool(alike))
         return self._lane.submit(call)
 
     def _expect_open(self, name: str) -> None:
@@ -508,9 +495,10 @@ class LaneProcessGroup(dist.ProcessGroup):
 
     def _sparse_all_reduce(self, tensor: Tensor, opts: object) -> LaneWork:
         """Sum of sparse COO tensors: all_gather of padded indices and values, then a sum in rank order everywhere."""
-        operation = self._checks.operation("all_reduce", opts, [tensor])
+        operation = operation_of(opts.reduceOp) if opts is not None else "sum"
         if operation not in ("sum", "avg"):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
+        self._checks.reduction("all_reduce", opts, [tensor])
         mine = tensor.detach().coalesce()
         rows = torch.cat(
             [mine.indices().t(), mine.indices().new_zeros(1, mine.sparse_dim())]
@@ -548,16 +536,6 @@ class LaneProcessGroup(dist.ProcessGroup):
         if self._may_alias or not any(overlaps(flat, target) for target in targets):
             return flat
         return flat.clone()
-
-    def _other(self, method: str, tensors: Sequence[Tensor], *arguments: object) -> dist.Work | None:
-        """Run the call elsewhere if its tensors are not on the CPU; None if they are."""
-        kinds = {tensor.device.type for tensor in tensors}
-        if kinds <= {"cpu"}:
-            return None
-        if len(kinds) > 1:
-            raise InvalidInput(f"{method}: tensors on {', '.join(sorted(kinds))}; expected one device")
-        group = self._group_for(kinds.pop())
-        return getattr(group, method)(*[argument for argument in arguments if argument is not None])
 
     def _group_for(self, device: str) -> dist.ProcessGroup:
         """The group that the configuration ("cpu:ccl,cuda:nccl") names for another device, made when first needed."""

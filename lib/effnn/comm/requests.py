@@ -22,7 +22,12 @@ class AllOf:
 
 
 class Steps:
-    """A call of several steps, each of which begins when the one before has ended."""
+    """A call of several steps, each of which begins when the one before has ended.
+
+    begins_more: whether a step may be a collective that is yet to begin. The lane then starts no other before the end.
+    """
+
+    begins_more = True
 
     def __init__(self, steps: Iterator[Request | None]):
         self._steps, self._request = steps, None
@@ -31,6 +36,13 @@ class Steps:
     def of(steps: Iterator[Request | None]) -> Request | None:
         call = Steps(steps)
         return None if call.test() else call
+
+    @staticmethod
+    def begun(steps: Iterator[Request]) -> Request:
+        """Of one request, which begins now, and of what is done at its end."""
+        call = Steps(steps)
+        call._request, call.begins_more = next(steps), False
+        return call
 
     def test(self) -> bool:
         while self._request is None or self._request.test():

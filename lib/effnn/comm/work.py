@@ -15,8 +15,8 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -26,12 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import EffnnError
+from effnn.comm import futures
 
 _POLLS_BEFORE_SLEEP = 200  # of outstanding requests; then the lane sleeps between polls, longer and longer
 _LONGEST_SLEEP = 1e-3  # seconds
 _WATCH = 0.2  # seconds between two looks of the watchdog
 _STOP = 1.0  # seconds that the threads get to end
-_COMPLETERS = 64  # threads that run callbacks of futures; a callback may wait for other collectives
 
 
 class CollectiveFailed(EffnnError, RuntimeError):
@@ -63,6 +63,7 @@ class Call:
     finish: Callable[[], None] | None = None
     timeout: float | None = None  # seconds from its start; None: no limit
     source: Callable[[], int] | None = None  # of a receive from any source: the rank that sent, known at its end
+    collective: bool = False  # all ranks begin such calls in the same order
 
 
 class LaneWork(dist.Work):
@@ -86,6 +87,8 @@ class LaneWork(dist.Work):
         if not self._signal.acquire(timeout=limit if limit > 0 else -1):
             raise CollectiveTimeout(f"{self._call.name} did not end within the {limit:g} s that wait() was given")
         self._signal.release()
+        if self._future is not None:
+            futures.settle(self._future)  # who waits may look at the future next
         if self._error is not None:
             raise self._error
         return True
@@ -121,6 +124,7 @@ class LaneWork(dist.Work):
 
     def get_future(self) -> torch.futures.Future:
         """Future of `result()`; its callbacks run on threads of their own, so they may wait for other collectives."""
+        for_cpp = futures.asked_by_cpp("get_future")
         with self._guard:
             if self._future is None:
                 self._base = torch.futures.Future()
@@ -128,8 +132,8 @@ class LaneWork(dist.Work):
                 # raised in a callback is.
                 self._future = self._base.then(self._value)
                 if self._finished:
-                    _complete(self._base)
-            return self._future
+                    self._base.set_result(None)  # nothing else can be attached to it yet
+            return futures.of_tensors(self._future, self._call.result) if for_cpp else self._future
 
     def mode(self) -> contextlib.AbstractContextManager:
         """inference_mode() on the lane if the call was issued in it: only there may its tensors be written to."""
@@ -150,7 +154,7 @@ class LaneWork(dist.Work):
         self._call.start = self._call.finish = None  # a handle that is kept must not keep inputs and buffers
         self._signal.release()
         if base is not None:
-            _complete(base)
+            futures.complete(base)
 
 
 class Lane:
@@ -166,6 +170,7 @@ class Lane:
         self._running: dict[LaneWork, tuple[Request | None, float]] = {}  # work -> request, deadline
         self._guard = threading.Lock()
         self._waiting: set[LaneWork] = set()
+        self._held: deque[LaneWork] = deque()  # collectives, while one that runs is yet to begin more of its own
         self._inside = False  # in a call of the library that may never return
         self._process = os.getpid()
         self._stopped = threading.Event()
@@ -233,10 +238,15 @@ class Lane:
                 work = None
             idle = work is None
             if not idle:
-                self._start(work)
+                if work._call.collective and (self._held or self._begins_more()):
+                    self._held.append(work)
+                else:
+                    self._start(work)
                 polls = 0
             work = None  # its tensors must not live on here while the lane waits for the next call
             self._poll()
+            while self._held and self.failure is None and not self._begins_more():
+                self._start(self._held.popleft())
             if self._running and idle:
                 polls += 1
                 if polls > _POLLS_BEFORE_SLEEP:
@@ -262,6 +272,9 @@ class Lane:
             self._error(work, error)
         finally:
             self._inside = False
+
+    def _begins_more(self) -> bool:
+        return any(getattr(request, "begins_more", False) for request, _ in self._running.values())
 
     def _poll(self) -> None:
         for work, (request, _) in list(self._running.items()):
@@ -327,23 +340,7 @@ class Lane:
             work._end(self._after_stop(work._call))
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_guard = threading.Lock()
 _skipped = False
-
-
-def _completers() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_guard:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(_COMPLETERS, "future callbacks")
-        return _pool
-
-
-def _complete(future: torch.futures.Future) -> None:
-    """Set a future's result on a thread of its own."""
-    with contextlib.suppress(RuntimeError):  # the process is ending: nothing runs callbacks any more
-        _completers().submit(future.set_result, None)
 
 
 def skip_destructors() -> None:
