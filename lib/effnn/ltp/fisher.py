@@ -4,7 +4,8 @@ Empirical diagonal Fisher of the masks (ltp.md A.2; Kwon et al. 2022, section 3.
 of the loss with respect to a mask entry is the sum over positions of activation times its gradient, so no mask is ever
 multiplied: an identity node in front of the attention output projection and of FFN-2 reads both during the backward
 pass, row by row. Gradients of single rows ("sample") therefore cost nothing over gradients of mini-batch means
-("batch", what the paper's code does), and one pass serves both. The weights stay frozen.
+("batch", what the paper's code does), and one pass serves both. The weights stay frozen. What leads nowhere of a
+classifier's last layer is not computed (first_token.py).
 
 The same pass keeps what enters the first layer, for mask tuning, and sets aside held-out rows. The loader is read once.
 """
@@ -12,7 +13,7 @@ The same pass keeps what enters the first layer, for mask tuning, and sets aside
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, release_free_memory
 from effnn.ltp.adapters import Adapter, adapter_for
+from effnn.ltp.first_token import first_token_only
 from effnn.ltp.masks import Shape
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ IGNORED = -100
 NEAR_CHANCE = 0.9
 """A calibration loss above this share of a constant predictor's loss is reported as a model that was not fine-tuned."""
 
+PIECE = 1 << 18
+"""Numbers multiplied at once on a CPU: 1 MB in float32, a part of a core's cache."""
 
 LARGE = 64 << 20
 """Bytes of hidden states of one mini-batch, all layers together, from which freed memory is returned at once."""
@@ -119,7 +123,7 @@ def calibrate(
     heads, filters, losses = [], [], []
     kept = _KeptRows(holdout)
     chance, tokens, rows = _ChanceLoss(model), 0, 0
-    with _frozen(model), _probes(model, adapter, collected):
+    with _frozen(model), _probes(model, adapter, collected), ExitStack() as shortcut:
         for index, batch in enumerate(loader):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             collected.start()
@@ -137,6 +141,9 @@ def calibrate(
                 )
             loss.backward()
             head_rows, filter_rows = collected.gradients()
+            if not losses and collected.first_only and adapter.reads_first_token_only(model):
+                # the first mini-batch ran whole and shows that the head is what its class says
+                shortcut.enter_context(first_token_only(adapter, adapter.layers(model)[-1]))
             # rows hold gradients of the batch's mean loss: their sum is the batch's; times the rows that count, a row's
             heads.append(head_rows.sum(0, keepdim=True) if fisher == "batch" else head_rows * counted)
             filters.append(filter_rows.sum(0, keepdim=True) if fisher == "batch" else filter_rows * counted)
@@ -258,34 +265,51 @@ class _Probe(torch.autograd.Function):
 
 
 class _Collected:
-    """Row gradients of one mini-batch, filled in by the probes during its backward pass."""
+    """Row gradients of one mini-batch, filled in by the probes during its backward pass.
+
+    first_only: whether the loss depends on no other position of the last layer than position 0.
+    """
 
     def __init__(self, shape: Shape):
         self.shape = shape
         self.heads: list[Tensor | None] = []
         self.filters: list[Tensor | None] = []
         self.first_layer_input: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
+        self.first_only = True
 
     def start(self) -> None:
         self.heads = [None] * self.shape.layers
         self.filters = [None] * self.shape.layers
+        self.first_only = True
 
     def head_sink(self, layer: int):
         def sink(activation: Tensor, gradient: Tensor) -> None:
-            products = (activation.float() * gradient.float()).sum(1)
+            products = _summed_products(activation, gradient)
             _add_at(self.heads, layer, products.unflatten(-1, (self.shape.heads, self.shape.head_size)).sum(-1).cpu())
+            if layer == self.shape.layers - 1 and self.first_only:
+                self.first_only = not bool(gradient[:, 1:].any())
 
         return sink
 
     def filter_sink(self, layer: int):
         def sink(activation: Tensor, gradient: Tensor) -> None:
-            _add_at(self.filters, layer, (activation.float() * gradient.float()).sum(1).cpu())
+            _add_at(self.filters, layer, _summed_products(activation, gradient).cpu())
 
         return sink
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(B, L, H) and (B, L, F)."""
         return torch.stack(self.heads, 1), torch.stack(self.filters, 1)
+
+
+def _summed_products(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Sum over positions of activation times gradient, (B, S, n) -> (B, n), in float32."""
+    if activation.device.type != "cpu" or activation.numel() == 0:
+        return (activation.float() * gradient.float()).sum(1)
+    # a few rows at a time: their product stays in the cache, where that of all rows is written to memory and read again
+    rows = max(1, PIECE * len(activation) // activation.numel())
+    pieces = zip(activation.split(rows), gradient.split(rows), strict=True)
+    return torch.cat([(a.float() * g.float()).sum(1) for a, g in pieces])
 
 
 def _add_at(values: list[Tensor | None], place: int, value: Tensor) -> None:
