@@ -188,13 +188,18 @@ def test_what_is_kept_between_steps_is_computed_once_and_changes_nothing(monkeyp
     shape, batches = Shape.of(model), 4
     masks = uneven_masks(shape)
     computed = {"context": 0, "activation": 0}
-    for name in computed:
 
-        def counting(*args, name=name, run=getattr(SlicedLayer, name)):
+    def counting(name):
+        run = getattr(SlicedLayer, name)
+
+        def method(*args):
             computed[name] += 1
             return run(*args)
 
-        monkeypatch.setattr(SlicedLayer, name, counting)
+        return method
+
+    for name in computed:
+        monkeypatch.setattr(SlicedLayer, name, counting(name))
     results, counts = [], []
     for limit in (0, 3000, 20000, 1 << 20):
         inputs = calibrate(model, rows_of(batch, batches)).inputs

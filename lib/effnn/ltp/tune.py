@@ -68,10 +68,10 @@ def tune_masks(
     """Masks of the same structure with tuned scales, and what was done layer by layer.
 
     inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
-    at the square root of the budget. max_cached_bytes: attention contexts are kept between steps 1 and 2, and FFN
-    activations between 2 and 3, up to this size in all; others are computed twice. offload: hidden states of teacher and student wait on the CPU in this dtype
-    while other rows are worked on (float32: nothing is lost; bfloat16: half the memory). on_step
-    is called after each half of a layer.
+    at the square root of the budget. max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations
+    from 2 to 3, up to this size in all; others are computed twice. offload: hidden states of teacher and student wait
+    on the CPU in this dtype while other rows are worked on (float32: nothing is lost; bfloat16: half the memory).
+    on_step is called after each half of a layer.
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
