@@ -8,7 +8,7 @@ from ltp_models import FAMILIES, QA_FAMILIES
 from test_ltp_tune import rows_of
 
 from effnn.base import InvalidInput
-from effnn.ltp import Masks, Shape, calibrate, masked
+from effnn.ltp import Masks, Shape, adapter_for, calibrate, masked
 
 
 def mask_gradients(model, batch):
@@ -129,6 +129,55 @@ def test_an_ffn_run_in_chunks_gives_the_same_gradients():
         layer.chunk_size_feed_forward = 1
     chunked = calibrate(model, [batch])
     torch.testing.assert_close(chunked.filter_gradients, whole.filter_gradients, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fisher", ["batch", "sample"])
+def test_leaving_out_what_leads_nowhere_changes_no_gradient(family, fisher, monkeypatch):
+    model, batch = FAMILIES[family]()
+    batches, ran = rows_of(batch, 3), []
+    fc2 = adapter_for(model).parts(adapter_for(model).layers(model)[-1]).fc2
+    handle = fc2.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].shape[1]))
+    short = calibrate(model, batches, fisher=fisher)
+    handle.remove()
+    assert ran[0] > 1 and ran[1:] == [1, 1]  # the first mini-batch shows whether it is so
+    hooks = (module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(hooks)
+    monkeypatch.setattr(type(adapter_for(model)), "reads_first_token_only", lambda self, model: False)
+    whole = calibrate(model, batches, fisher=fisher)
+    torch.testing.assert_close(short.filter_gradients, whole.filter_gradients, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(short.head_gradients, whole.head_gradients, atol=1e-6, rtol=1e-4)
+    assert short.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_a_head_that_reads_other_positions_is_seen_not_believed():
+    model, batch = FAMILIES["roberta"]()
+
+    class Mean(torch.nn.Module):
+        """A user's own head in the place of the one that takes position 0."""
+
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        def forward(self, features, **kwargs):
+            return self.head(features.mean(1, keepdim=True), **kwargs)
+
+    model.classifier = Mean(model.classifier).eval()
+    batches = rows_of(batch, 3)
+    found = calibrate(model, batches)
+    for index in (0, 2):
+        expected = mask_gradients(model, batches[index])[1]
+        torch.testing.assert_close(found.filter_gradients[index], expected, atol=2e-6, rtol=1e-3)
+
+
+def test_an_ffn_in_chunks_of_several_positions_runs_whole():
+    model, batch = FAMILIES["bert"]()
+    batches = [{name: value[:, :12] if value.dim() == 2 else value for name, value in batch.items()}] * 2
+    whole = calibrate(model, batches)
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 4
+    torch.testing.assert_close(calibrate(model, batches).filter_gradients, whole.filter_gradients, atol=1e-6, rtol=1e-3)
 
 
 def test_rows_whose_label_is_to_be_ignored_do_not_count():

@@ -465,17 +465,12 @@ def test_timed_layers_are_those_of_the_shrunk_model(family, attention):
         (torch.arange(shape.filters) < torch.tensor(filters).unsqueeze(1)).float(),
     )
     inputs = latency_blocks.random_inputs(model, 2, 6)[0]
-    clock = latency_blocks._Clock(model.device)
-    hidden, args, kwargs = latency_blocks._received_by(adapter.layers(model)[0], model, inputs)
-    last = []
-    small = shrink(model, masks)
-    adapter.layers(small)[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
+    timed = latency_blocks._MarkedModel(model, adapter, heads, filters, latency_blocks._Clock(model.device))
+    times = timed.run(inputs)
+    assert len(times.blocks) == shape.layers and all(a >= 0 and f >= 0 for a, f in times.blocks)
+    assert times.total == pytest.approx(times.rest + sum(a + f for a, f in times.blocks)) and times.rest > 0
     with torch.inference_mode():
-        small(**inputs)
-        for layer in latency_blocks._cut_layers(model, adapter, heads, filters, clock):
-            hidden = layer(hidden, args, kwargs)
-            assert layer.begin <= layer.middle <= layer.end
-    torch.testing.assert_close(hidden, last[0][0] if isinstance(last[0], tuple) else last[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(timed.model(**inputs).logits, shrink(model, masks)(**inputs).logits)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
@@ -492,6 +487,12 @@ def test_measuring_leaves_the_model_as_it_was(family):
     assert all(a <= b for ms in (table.head_ms, table.filter_ms) for a, b in itertools.pairwise(ms))
     assert table.head_ms[0] > 0 and table.filter_ms[0] > 0 and table.rest_ms > 0
     assert [module.training for module in model.modules()] == modes
+    marked = latency_blocks._MarkedModel(
+        model, adapter_for(model), [1, 0, 4], [3, 0, 48], latency_blocks._Clock(model.device)
+    )
+    outside = dict(marked.model.named_parameters())
+    for name, parameter in model.named_parameters():  # nothing but what is cut from is copied
+        assert not any(part in name for part in ("embedding", "classifier")) or outside[name] is parameter
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert values.keys() == model.state_dict().keys()
     assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())

@@ -183,19 +183,37 @@ def test_only_position_zero_counts_in_the_last_layer_of_a_classifier():
     assert sum(tokens[: 2 * 6]) == sum(int(b["attention_mask"].sum()) for b in [batch]) * 6
 
 
-def test_cached_contexts_change_nothing():
+def test_what_is_kept_between_steps_is_computed_once_and_changes_nothing(monkeypatch):
     model, batch = FAMILIES["distilbert"]()
-    shape = Shape.of(model)
+    shape, batches = Shape.of(model), 4
     masks = uneven_masks(shape)
-    results = [
-        tune_masks(model, calibrate(model, rows_of(batch, 4)).inputs, masks, Masks.ones(shape), max_cached_bytes=limit)[
-            0
-        ]
-        for limit in (0, 3000, 1 << 20)
-    ]
+    computed = {"context": 0, "activation": 0}
+
+    def counting(name):
+        run = getattr(SlicedLayer, name)
+
+        def method(*args):
+            computed[name] += 1
+            return run(*args)
+
+        return method
+
+    for name in computed:
+        monkeypatch.setattr(SlicedLayer, name, counting(name))
+    results, counts = [], []
+    for limit in (0, 3000, 20000, 1 << 20):
+        inputs = calibrate(model, rows_of(batch, batches)).inputs
+        computed.update(context=0, activation=0)
+        results.append(tune_masks(model, inputs, masks, Masks.ones(shape), max_cached_bytes=limit)[0])
+        counts.append((computed["context"], computed["activation"]))
     for other in results[1:]:
         torch.testing.assert_close(results[0].heads, other.heads)
         torch.testing.assert_close(results[0].filters, other.filters)
+    # once a layer and batch of teacher and student; without room, the student's again wherever a step needs it again:
+    # contexts of all layers whose heads are solved for (not of layer 0), activations of all layers but the last
+    once, again = 2 * shape.layers * batches, (shape.layers - 1) * batches
+    assert counts[0] == (once + again, once + again) and counts[-1] == (once, once)
+    assert counts[0] > counts[1] > counts[2] > counts[-1]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.05)])

@@ -4,7 +4,8 @@ Empirical diagonal Fisher of the masks (ltp.md A.2; Kwon et al. 2022, section 3.
 of the loss with respect to a mask entry is the sum over positions of activation times its gradient, so no mask is ever
 multiplied: an identity node in front of the attention output projection and of FFN-2 reads both during the backward
 pass, row by row. Gradients of single rows ("sample") therefore cost nothing over gradients of mini-batch means
-("batch", what the paper's code does), and one pass serves both. The weights stay frozen.
+("batch", what the paper's code does), and one pass serves both. The weights stay frozen. What leads nowhere of a
+classifier's last layer is not computed (first_token.py).
 
 The same pass keeps what enters the first layer, for mask tuning, and sets aside held-out rows. The loader is read once.
 """
@@ -12,7 +13,7 @@ The same pass keeps what enters the first layer, for mask tuning, and sets aside
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from effnn.base import InvalidInput, release_free_memory
 from effnn.ltp.adapters import Adapter, adapter_for
 from effnn.ltp.batches import row_count, sequences_per_row, to_device
 from effnn.ltp.checks import check_model, checked_batches
+from effnn.ltp.first_token import first_token_only
 from effnn.ltp.held_out import KeptRows, LayerInput
 from effnn.ltp.losses import ChanceLoss, Loss, drawn_labels, label_counts, mean_loss
 from effnn.ltp.masks import Shape
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 NEAR_CHANCE = 0.9
 """A calibration loss above this share of a constant predictor's loss is reported as a model that was not fine-tuned."""
 
+PIECE = 1 << 18
+"""Numbers multiplied at once on a CPU: 1 MB in float32, a part of a core's cache."""
 
 LARGE = 64 << 20
 """Bytes of hidden states of one mini-batch, all layers together, from which freed memory is returned at once."""
@@ -108,7 +112,7 @@ def calibrate(
     heads, filters, losses = [], [], []
     kept = KeptRows(holdout)
     chance, tokens, sequences, rows = ChanceLoss(), 0, 0, 0
-    with _frozen(model), _probes(model, adapter, collected) as anchor, _eager(model):
+    with _frozen(model), _probes(model, adapter, collected) as anchor, _eager(model), ExitStack() as shortcut:
         for index, batch in enumerate(checked_batches(model, loader, labels, loss)[1]):
             size, where = row_count(batch), f"calibration batch {index}"
             counts = label_counts(model, batch, size) if labels == "data" else torch.ones(size, dtype=torch.long)
@@ -132,6 +136,10 @@ def calibrate(
                 head_rows, filter_rows = (_by_row(found, batch, size) * weight for found in (head_rows, filter_rows))
             else:
                 head_rows, filter_rows = head_rows.sum(0, keepdim=True), filter_rows.sum(0, keepdim=True)
+            alone = collected.first_only and collected.heads[-1] is not None
+            if alone and not losses and loss is None and adapter.reads_first_token_only(model):
+                # the first mini-batch ran whole and shows that the head is what its class says
+                shortcut.enter_context(first_token_only(adapter, adapter.layers(model)[-1]))
             heads.append(head_rows)
             filters.append(filter_rows)
             losses.append(value.item())
@@ -143,7 +151,7 @@ def calibrate(
             large = device.type == "cpu" and passes[0][0].nbytes * shape.layers >= LARGE
             if offload is not None:
                 passes = [(states.to("cpu", offload), mask, live) for states, mask, live in passes]
-            kept.add(batch, passes, keep_inputs, collected.first_only and collected.heads[-1] is not None)
+            kept.add(batch, passes, keep_inputs, alone)
             del value, passes
             collected.passes = []
             if large:
@@ -243,7 +251,7 @@ class _Collected:
 
     def head_sink(self, layer: int):
         def sink(activation: Tensor, gradient: Tensor) -> None:
-            products = (activation.float() * gradient.float()).sum(1)
+            products = _summed_products(activation, gradient)
             _add_at(self.heads, layer, products.unflatten(-1, (self.shape.heads, self.shape.head_size)).sum(-1).cpu())
             if layer == self.shape.layers - 1 and self.first_only:
                 self.first_only = not bool(gradient[:, 1:].any())
@@ -252,13 +260,23 @@ class _Collected:
 
     def filter_sink(self, layer: int):
         def sink(activation: Tensor, gradient: Tensor) -> None:
-            _add_at(self.filters, layer, (activation.float() * gradient.float()).sum(1).cpu())
+            _add_at(self.filters, layer, _summed_products(activation, gradient).cpu())
 
         return sink
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(B, L, H) and (B, L, F); zero for a layer that the loss does not depend on."""
         return _stacked(self.heads, self.shape.heads), _stacked(self.filters, self.shape.filters)
+
+
+def _summed_products(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Sum over positions of activation times gradient, (B, S, n) -> (B, n), in float32."""
+    if activation.device.type != "cpu" or activation.numel() == 0:
+        return (activation.float() * gradient.float()).sum(1)
+    # a few rows at a time: their product stays in the cache, where that of all rows is written to memory and read again
+    rows = max(1, PIECE * len(activation) // activation.numel())
+    pieces = zip(activation.split(rows), gradient.split(rows), strict=True)
+    return torch.cat([(a.float() * g.float()).sum(1) for a, g in pieces])
 
 
 def _add_at(values: list[Tensor | None], place: int, value: Tensor) -> None:

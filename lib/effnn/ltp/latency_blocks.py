@@ -1,16 +1,19 @@
 """Latency of an encoder's attention and FFN blocks at reduced widths (ltp.md A.4).
 
-How it is measured. Each pass is a small encoder of the model's own layer class: as many layers as the model has, each
-cut to some number of heads and of filters, fed with what the model's first layer really receives (hidden states,
-attention mask, dtype, device). A mark in time is taken when a layer begins, when its attention block ends (after the
-normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends.
+How it is measured. Each pass is one forward of a whole model of the user's own class: as many layers as the model has,
+each cut to some number of heads and of filters. A mark in time is taken when a layer begins, when its attention block
+ends (after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends;
+what is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
 
-Why so. Residual sums and normalisations are in, and nothing has to be subtracted: whole layers at (n heads, F / 2
-filters) minus others would add the noise of two runs, and a block alone in a loop would find its weights in the cache.
-Here each block finds the caches as its predecessor left them, as when deployed, and on a GPU nothing waits between
-blocks (the marks are events in the stream). Every round draws new passes, so that a width meets other partners and
-positions, and covers all widths and the dense model, so that a drifting machine treats all alike. A block without
+Why so. What is wanted is the latency of assembled models, so assembled models are what runs: blocks find the caches and
+the allocator as their predecessors leave them, nothing has to be subtracted, and the parts add up to the forward pass
+that they were read from. On a GPU nothing waits between blocks (the marks are events in the stream). A block without
 heads or filters runs what is left of it: a bias, the residual sum, the normalisations.
+
+A noisy machine. Every round draws new passes, so that a width meets other partners and positions, takes every width at
+least once, and runs the dense model in turn with them. Times count as shares of the dense model's in the same round, so
+that drift hits all alike; medians over the rounds ignore what happens once. The dense runs give the full widths, too,
+so that the table's dense model is the one that ratios refer to. Nothing is asked of the clock but numbers.
 """
 
 import copy
@@ -19,7 +22,6 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +34,31 @@ from effnn.ltp.cut import cut
 from effnn.ltp.latency_measure import evaluating, random_inputs
 from effnn.ltp.masks import Shape
 
+PASSES_A_DENSE_RUN = 3
+"""Passes of cut models between two runs of the dense one; each round has two dense runs at least."""
+
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Median ms. heads, filters: number kept -> block; dense_ms: dense model; rest_ms: what its layers do not take."""
+    """Median ms. heads, filters: number kept -> block; rest_ms: outside the layers; dense_ms: the dense model."""
 
     heads: dict[int, float]
     filters: dict[int, float]
     rest_ms: float
     dense_ms: float
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Ms of one forward pass: in all, and the attention and FFN block of every layer."""
+
+    total: float
+    blocks: list[tuple[float, float]]
+
+    @property
+    def rest(self) -> float:
+        """What the layers do not take."""
+        return self.total - math.fsum(itertools.chain(*self.blocks))
 
 
 def measure_blocks(
@@ -52,37 +70,78 @@ def measure_blocks(
     """
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
-    heads: dict[int, list[float]] = {count: [] for count in range(shape.heads + 1)}
-    filters: dict[int, list[float]] = {
-        count: [] for count in sorted({0, 1, *range(grid, shape.filters, grid), shape.filters})
-    }
-    rest, whole = [], []
+    heads = list(range(shape.heads + 1))
+    filters = sorted({0, 1, *range(grid, shape.filters, grid), shape.filters})
+    passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
+    dense_runs = max(2, math.ceil(passes / PASSES_A_DENSE_RUN))
+    full = [shape.heads] * shape.layers, [shape.filters] * shape.layers
+    shares = _Shares(heads, filters)
     order = random.Random(0)
     clock = _Clock(model.device)
-    layers = adapter.layers(model)
-    passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
     with evaluating(model), torch.cuda.device(model.device if clock.on_gpu else -1):
         inputs = itertools.cycle(random_inputs(model, batch, seq_len))
-        received = _received_by(layers[0], model, next(inputs))
-        steps = tqdm(total=(repeats + 1) * passes, desc="latency table", leave=False, delay=3, disable=not progress)
+        dense = _MarkedModel(model, adapter, *full, clock)
+        steps = tqdm(
+            total=(repeats + 1) * (passes + dense_runs),
+            desc="latency table",
+            leave=False,
+            delay=3,
+            disable=not progress,
+        )
         for round_index in range(repeats + 1):
-            counted = round_index > 0  # the first round warms up
-            head_counts = _spread(list(heads), passes * shape.layers, order)
-            filter_counts = _spread(list(filters), passes * shape.layers, order)
-            for start in range(0, passes * shape.layers, shape.layers):
-                widths = head_counts[start : start + shape.layers], filter_counts[start : start + shape.layers]
-                times = _run(_cut_layers(model, adapter, *widths, clock), received, clock)
-                if counted:
-                    for n, m, (attention_ms, ffn_ms) in zip(*widths, times, strict=True):
-                        heads[n].append(attention_ms)
-                        filters[m].append(ffn_ms)
+            some_heads = _spread(heads, passes * shape.layers, order)
+            some_filters = _spread(filters, passes * shape.layers, order)
+            done: list[tuple[list[int], list[int], PassTimes]] = []
+            dense_times = []
+            for place in range(passes + dense_runs):
+                if len(dense_times) * (passes + dense_runs) <= place * dense_runs:  # evenly spread, and first of all
+                    dense_times.append(dense.run(next(inputs)))
+                    done.append((*full, dense_times[-1]))
+                else:
+                    start = (place - len(dense_times)) * shape.layers
+                    widths = some_heads[start : start + shape.layers], some_filters[start : start + shape.layers]
+                    cut_model = _MarkedModel(model, adapter, *widths, clock)
+                    done.append((*widths, cut_model.run(next(inputs))))
                 steps.update()
-            total, inside = _run_dense(model, layers, next(inputs), clock)
-            if counted:
-                rest.append(max(total - inside, 0.0))
-                whole.append(total)
+            if round_index > 0:  # the first round warms up
+                shares.add(done, statistics.median(times.total for times in dense_times))
         steps.close()
-    return BlockTimes(_medians(heads), _medians(filters), statistics.median(rest), statistics.median(whole))
+    return shares.times()
+
+
+class _Shares:
+    """Times as shares of the dense model's in the same round, over all rounds."""
+
+    def __init__(self, heads: list[int], filters: list[int]):
+        self.heads: dict[int, list[float]] = {count: [] for count in heads}
+        self.filters: dict[int, list[float]] = {count: [] for count in filters}
+        self.rest: list[float] = []
+        self.dense: list[float] = []
+
+    def add(self, done: list[tuple[list[int], list[int], PassTimes]], dense_ms: float) -> None:
+        """One round: what every pass kept in its layers, and its times; and the dense model's ms."""
+        self.dense.append(dense_ms)
+        unit = dense_ms if dense_ms > 0 else 1.0  # a clock that stood still for a while
+        for heads, filters, times in done:
+            self.rest.append(times.rest / unit)
+            for n, m, (attention, ffn) in zip(heads, filters, times.blocks, strict=True):
+                self.heads[n].append(attention / unit)
+                self.filters[m].append(ffn / unit)
+
+    def times(self) -> BlockTimes:
+        """Medians, in ms of the dense model's median; what a clock that runs backwards makes negative is 0."""
+        dense = statistics.median(self.dense)
+        unit = dense if dense > 0 else 1.0
+
+        def ms(shares: list[float]) -> float:
+            return max(statistics.median(shares), 0.0) * unit
+
+        return BlockTimes(
+            {count: ms(shares) for count, shares in self.heads.items()},
+            {count: ms(shares) for count, shares in self.filters.items()},
+            ms(self.rest),
+            unit,
+        )
 
 
 class _Clock:
@@ -107,85 +166,48 @@ class _Clock:
         return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
 
 
-class _Timed:
-    """A layer that marks its beginning, the end of its attention block, and its end."""
+class _MarkedModel:
+    """A copy of the model whose layers keep their first heads and filters (which ones does not matter to time).
 
-    def __init__(self, layer: nn.Module, adapter: Adapter, clock: _Clock):
-        self.layer, self.clock = layer, clock
-        self.begin = self.middle = self.end = None
-        parts = adapter.parts(layer)
-        if parts.norm_after_attention is not None:
-            parts.norm_after_attention.register_forward_hook(self._boundary)
-        else:
-            (parts.norm_before_ffn or parts.fc1).register_forward_pre_hook(self._boundary)
+    Its layers mark their beginning, the end of their attention block, and their end. What nothing is cut from is the
+    model's own, not copied.
+    """
 
-    def _boundary(self, *_: object) -> None:
-        self.middle = self.clock.mark()
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, heads: list[int], filters: list[int], clock: _Clock):
+        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self.model, self.clock = copy.deepcopy(model, shared), clock
+        layers = adapter.layers(self.model)
+        self.marks: list[list[object]] = [[] for _ in layers]
+        for marks, layer in zip(self.marks, layers, strict=True):
+            parts = adapter.parts(layer)
+            layer.register_forward_pre_hook(self._marking(marks))
+            if parts.norm_after_attention is not None:
+                parts.norm_after_attention.register_forward_hook(self._marking(marks))
+            else:
+                (parts.norm_before_ffn or parts.fc1).register_forward_pre_hook(self._marking(marks))
+            layer.register_forward_hook(self._marking(marks))
+        cut(self.model, adapter, [list(range(n)) for n in heads], [list(range(m)) for m in filters])
 
-    def __call__(self, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        self.begin = self.clock.mark()
-        output = self.layer(hidden, *args, **kwargs)
-        self.end = self.clock.mark()
-        return output[0] if isinstance(output, tuple) else output
+    def _marking(self, marks: list[object]):
+        def hook(module: nn.Module, *_: object) -> None:
+            marks.append(self.clock.mark())
 
-    def times(self) -> tuple[float, float]:
-        """Ms of the attention block and of the FFN block."""
-        return self.clock.ms(self.begin, self.middle), self.clock.ms(self.middle, self.end)
+        return hook
 
-
-def _cut_layers(
-    model: PreTrainedModel, adapter: Adapter, heads: list[int], filters: list[int], clock: _Clock
-) -> list[_Timed]:
-    """Copies of the model's layers, each cut to its first heads and filters: which ones does not matter to time."""
-    small = copy.deepcopy(model)
-    layers = [_Timed(layer, adapter, clock) for layer in adapter.layers(small)]
-    cut(small, adapter, [list(range(n)) for n in heads], [list(range(m)) for m in filters])
-    return layers
-
-
-def _received_by(layer: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple, dict]:
-    """What `layer` is called with when `model` runs: hidden states, other arguments, keyword arguments."""
-    calls = []
-    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
+    def run(self, inputs: dict[str, Tensor]) -> PassTimes:
+        """One forward pass."""
+        for marks in self.marks:
+            marks.clear()
+        self.clock.wait()
+        begin = self.clock.mark()
         with torch.inference_mode():
-            model(**inputs)
-    finally:
-        handle.remove()
-    (hidden, *args), kwargs = calls[0]
-    return hidden, tuple(args), kwargs
-
-
-def _run(layers: list[_Timed], received: tuple[Tensor, tuple, dict], clock: _Clock) -> list[tuple[float, float]]:
-    hidden, args, kwargs = received
-    clock.wait()
-    with torch.inference_mode():
-        for layer in layers:
-            hidden = layer(hidden, args, kwargs)
-    clock.wait()
-    return [layer.times() for layer in layers]
-
-
-def _run_dense(
-    model: PreTrainedModel, layers: Sequence[nn.Module], inputs: dict[str, Tensor], clock: _Clock
-) -> tuple[float, float]:
-    """Ms of the dense model, and of those the ms from the first layer's beginning to the last one's end."""
-    marks = []
-    handles = [
-        layers[0].register_forward_pre_hook(lambda *_: marks.append(clock.mark())),
-        layers[-1].register_forward_hook(lambda *_: marks.append(clock.mark())),
-    ]
-    try:
-        clock.wait()
-        begin = clock.mark()
-        with torch.inference_mode():
-            model(**inputs)
-        end = clock.mark()
-        clock.wait()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return clock.ms(begin, end), clock.ms(*marks)
+            self.model(**inputs)
+        end = self.clock.mark()
+        self.clock.wait()
+        ms = self.clock.ms
+        # an FFN run in chunks of the sequence may pass its boundary several times
+        blocks = [(ms(marks[0], marks[1]), ms(marks[1], marks[-1])) for marks in self.marks]
+        return PassTimes(ms(begin, end), blocks)
 
 
 def _spread(counts: list[int], size: int, order: random.Random) -> list[int]:
@@ -193,7 +215,3 @@ def _spread(counts: list[int], size: int, order: random.Random) -> list[int]:
     chosen = counts * (size // len(counts)) + order.sample(counts, size % len(counts))
     order.shuffle(chosen)
     return chosen
-
-
-def _medians(samples: dict[int, list[float]]) -> dict[int, float]:
-    return {count: statistics.median(values) for count, values in samples.items()}

@@ -22,17 +22,21 @@ from effnn.ltp.latency_measure import check_device, placed_copy
 from effnn.ltp.masks import Masks
 
 _FORMAT = 1
+_LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Target: a predicted latency of at most `ratio` of the dense model's, everything outside the layers included.
+    """Target: a latency of at most `ratio` of the dense model's, everything outside the layers included.
+
+    The search plans by a table of measured blocks; `prune` then measures what it planned (`latency_plan`).
 
     ratio: in (0, 1]. batch, seq_len: of the deployed model's inputs (a vision encoder's length is its own).
     device, dtype: where and in what it will run; None takes the model's. dtype: torch's or its name ("bfloat16").
     latency_model: "table" searches the measured table itself, "piecewise" the paper's fit to it. grid: filters are
-    timed at multiples of it. repeats: timed runs, of which the median counts. min_heads, min_filters: kept in every
-    layer whatever their importance.
+    timed at multiples of it. repeats: timed runs, of which the median counts. corrections: how often the search may be
+    repeated where the assembled model, measured in turn with the dense one, is over the budget; 0 takes the table at
+    its word. min_heads, min_filters: kept in every layer whatever their importance.
     """
 
     ratio: float
@@ -43,6 +47,7 @@ class Latency:
     latency_model: str = "table"
     grid: int = 32
     repeats: int = 11
+    corrections: int = 3
     min_heads: int = 0
     min_filters: int = 0
 
@@ -52,7 +57,7 @@ class Latency:
         for name in ("batch", "seq_len", "grid", "repeats"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 1")
-        for name in ("min_heads", "min_filters"):
+        for name in ("corrections", "min_heads", "min_filters"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 0")
         if self.latency_model not in ("table", "piecewise"):
@@ -117,15 +122,15 @@ class LatencyTable:
     def measure(cls, model: PreTrainedModel, target: Latency, progress: bool = True) -> "LatencyTable":
         """The table of `model` under `target`; how the blocks are timed is told in `latency_blocks`.
 
-        Measured points are made non-decreasing (isotonic regression) and joined by straight lines. Raises InvalidInput
-        for an unknown or already pruned model, NotAvailable for a device that is not here.
+        Measured points are made non-decreasing (isotonic regression) and joined by straight lines, whatever the clock
+        says. Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that is not here.
         """
         placed = placed_copy(model, check_device(target.device), target.torch_dtype())
         times = measure_blocks(placed, target.batch, target.seq_len, target.grid, target.repeats, progress)
         on_gpu = placed.device.type == "cuda"
         return cls(
             head_ms=_interpolated(times.heads),
-            filter_ms=_interpolated(times.filters),
+            filter_ms=_interpolated(times.filters) if any(times.filters.values()) else _even(times.filters),
             rest_ms=times.rest_ms,
             head_points=tuple(times.heads.items()),
             filter_points=tuple(times.filters.items()),
@@ -208,6 +213,11 @@ def isotonic(values: Sequence[float]) -> list[float]:
             mean, size = (before * count + mean * size) / (count + size), count + size
         pools.append((mean, size))
     return [mean for mean, size in pools for _ in range(size)]
+
+
+def _even(points: dict[int, float]) -> tuple[float, ...]:
+    """Where the clock stood still: units that all cost the same."""
+    return tuple(_LEAST_MS * count for count in range(max(points) + 1))
 
 
 def _interpolated(points: dict[int, float]) -> tuple[float, ...]:

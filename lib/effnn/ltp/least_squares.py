@@ -28,11 +28,16 @@ class Sums:
     def __init__(self, weight: Tensor, block: int):
         size = weight.shape[0]
         self.weight, self.block, self.units = weight.float(), block, size // block
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=weight.device)  # C^T C
+        self._upper = torch.zeros(size, size, dtype=torch.float64, device=weight.device)  # C^T C, see `products`
         self.rhs = torch.zeros(self.units, dtype=torch.float64, device=weight.device)
         self.column_sums = torch.zeros(size, dtype=torch.float64, device=weight.device)
         self.target_sum = self.target_square = 0.0
         self.tokens = 0
+
+    @property
+    def products(self) -> Tensor:
+        """C^T C, (n, n) float64; only what stands on and above the diagonal was added up."""
+        return self._upper.triu() + self._upper.triu(1).T
 
     def add(self, inputs: Tensor, target: Tensor) -> None:
         """Add tokens. inputs: C, (T, n); target: R, (T, d)."""
@@ -40,7 +45,7 @@ class Sums:
             return
         with torch.autocast(inputs.device.type, enabled=False):  # the forward may run in bfloat16, the sums may not
             inputs, target = inputs.float(), target.float()
-            _add_self_product(self.products, inputs)
+            _add_upper_product(self._upper, inputs)
             self.rhs += ((inputs.T @ target) * self.weight).sum(1).view(self.units, self.block).sum(1)
         self.column_sums += inputs.sum(0)
         self.target_sum += float(target.sum(dtype=torch.float64))
@@ -103,11 +108,10 @@ class NormalEquations:
         return 1 + delta[: self.units]
 
 
-def _add_self_product(total: Tensor, inputs: Tensor, parts: int = 4) -> None:
-    """total += C^T C; only the blocks on and above the diagonal are multiplied out, the others are their transposes."""
+def _add_upper_product(total: Tensor, inputs: Tensor, parts: int = 8) -> None:
+    """total += C^T C in the blocks on and above the diagonal; the others would be their transposes."""
     size = inputs.shape[1]
-    edges = [size * i // parts for i in range(parts + 1)] if size >= 256 else [0, size]
+    parts = max(1, min(parts, size // 128))  # a narrower block keeps no processor busy
+    edges = [size * i // parts for i in range(parts + 1)]
     for low, high in zip(edges, edges[1:], strict=False):
-        block = inputs[:, low:high].T @ inputs[:, low:]
-        total[low:high, low:] += block
-        total[high:, low:high] += block[:, high - low :].T
+        total[low:high, low:] += inputs[:, low:high].T @ inputs[:, low:]

@@ -29,7 +29,7 @@ from effnn.ltp.export import export_padded
 from effnn.ltp.fisher import Calibration, calibrate
 from effnn.ltp.held_out import held_out_loss
 from effnn.ltp.latency import search_latency
-from effnn.ltp.latency_measure import compare_latency
+from effnn.ltp.latency_plan import Attempt, Plan, measure_pair, measured_ratio, plan_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
 from effnn.ltp.losses import Loss
 from effnn.ltp.macs import MacCost, Macs, search_macs
@@ -60,12 +60,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class LatencyCheck:
-    """Milliseconds of one forward pass: predicted by the latency table, and measured on the assembled models."""
+    """Milliseconds of one forward pass: predicted by the latency table, and measured on the assembled models.
+
+    ratio: measured pruned over dense, median over the rounds in which the two took turns; what the budget is held
+    against. attempts: what the search planned, and measured in order to correct itself (`latency_plan`), shares of the
+    dense latency; empty with corrections=0. All are measured anew in the end.
+    """
 
     dense_predicted: float
     dense_measured: float
     predicted: float
     measured: float
+    ratio: float
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,9 @@ class PruneReport:
     calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's, None where it is not
     known (always with a loss of one's own). dense_loss: the dense model's on the held-out rows. tuning_accepted:
     False if the held-out loss rose and the scales were dropped. latency: with a latency target, ms of the dense and of
-    the pruned model, predicted by the table and measured at the end, the two models in turn (median). peak_bytes:
-    memory above the level at the call (GPU: allocator; CPU: resident set), None if not measured.
+    the pruned model, predicted by the table and measured at the end, the two models in turn (median), and how the
+    search corrected itself. peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident set), None if
+    not measured.
     """
 
     target: Macs | Latency
@@ -209,8 +217,9 @@ def prune(
         stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
 
         bar.set_description("search")
-        kept = {"search": budget.search(target)}
-        teacher = budget.search(target.relaxed()) if tune else None
+        plan = budget.plan(model, target)
+        kept = {"search": plan.masks}
+        teacher = budget.search(plan.target.relaxed()) if tune else None
         held_loss = held(kept["search"])
         stages.append(_stage("search", clock, budget, kept["search"], held_loss))
 
@@ -257,7 +266,7 @@ def prune(
         stages=stages,
         layers=layers,
         tuning_accepted=accepted,
-        latency=_check_latency(model, masks, target, table) if isinstance(target, Latency) else None,
+        latency=_check_latency(model, masks, plan, table) if isinstance(target, Latency) else None,
         peak_bytes=memory.peak_bytes,
     )
     return PruneResult(model, masks, kept, report)
@@ -271,6 +280,13 @@ class _Budget:
         self.cost = MacCost(shape, float(target.seq_len if given else calibration.mean_length))
         self.calibration, self.round_to = calibration, round_to
         self.table = table if isinstance(target, Latency) else None
+
+    def plan(self, model: PreTrainedModel, target: Macs | Latency) -> Plan:
+        """Masks within the budget, and the target that the search was given in the end."""
+        if self.table is None:
+            return Plan(self.search(target), target, ())
+        importance = self.calibration.head_importance, self.calibration.filter_importance
+        return plan_latency(model, *importance, self.table, target, self.round_to)
 
     def search(self, target: Macs | Latency) -> Masks:
         importance = self.calibration.head_importance, self.calibration.filter_importance
@@ -297,16 +313,15 @@ def _stage(name: str, clock: _Clock, budget: _Budget, masks: Masks, loss: float 
     return Stage(name, clock.read(), ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
 
 
-def _check_latency(model: PreTrainedModel, masks: Masks, target: Latency, table: LatencyTable) -> LatencyCheck:
-    models = {"dense": model, "pruned": shrink(model, masks)}
-    times = compare_latency(
-        models, target.batch, target.seq_len, target.device, target.repeats, dtype=target.torch_dtype()
-    )
+def _check_latency(model: PreTrainedModel, masks: Masks, plan: Plan, table: LatencyTable) -> LatencyCheck:
+    times = measure_pair(model, masks, plan.target)
     return LatencyCheck(
         dense_predicted=table.predict(Masks.ones(Shape.of(model))),
         dense_measured=1e3 * times["dense"].median,
         predicted=table.predict(masks),
         measured=1e3 * times["pruned"].median,
+        ratio=measured_ratio(times),
+        attempts=plan.attempts,
     )
 
 

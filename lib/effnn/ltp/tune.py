@@ -68,10 +68,10 @@ def tune_masks(
     """Masks of the same structure with tuned scales, and what was done layer by layer.
 
     inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
-    at the square root of the budget. max_cached_bytes: attention contexts up to this size are kept between steps 1 and
-    2, others are computed twice. offload: hidden states of teacher and student wait on the CPU in this dtype
-    while other rows are worked on (float32: nothing is lost; bfloat16: half the memory). on_step
-    is called after each half of a layer.
+    at the square root of the budget. max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations
+    from 2 to 3, up to this size in all; others are computed twice. offload: hidden states of teacher and student wait
+    on the CPU in this dtype while other rows are worked on (float32: nothing is lost; bfloat16: half the memory).
+    on_step is called after each half of a layer.
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
@@ -93,6 +93,7 @@ def tune_masks(
             parts = adapter.parts(layer)
             last = index == len(layers) - 1
             run.tokens = 1 if last and first_only else None
+            run.goes_on = not last
             student = SlicedLayer.cut(parts, masks.heads[index], masks.filters[index])
             equations = run.attention(
                 SlicedLayer.cut(parts, teacher.heads[index], teacher.filters[index]), student, index > 0
@@ -126,6 +127,7 @@ class _Rows:
         self.attention_mask, self.live = batch.attention_mask, batch.live
         self.fit_rows = len(batch.states) - batch.held_out
         self.context: Tensor | None = None
+        self.activation: Tensor | None = None
         self._teacher = self._student = batch.states
 
     @property
@@ -166,13 +168,14 @@ class _Run:
 
     def __init__(self, batches: list[_Rows], max_cached_bytes: int):
         self.batches, self.max_cached_bytes = batches, max_cached_bytes
+        self.cached_bytes = 0
         self.tokens: int | None = None
+        self.goes_on = True
 
     def attention(self, teacher: SlicedLayer, student: SlicedLayer, solve: bool) -> "_Equations | None":
         """Step 1. Leaves the teacher's FFN residual sum in `batch.teacher`; the heads' equations, if wanted."""
         solve = solve and student.heads > 0
         equations = _Equations(student.out[0], student.parts.head_size, intercept=True) if solve else None
-        cached = 0
         for batch in self.batches:
             states = batch.teacher
             context = teacher.context(states, batch.attention_mask, self.tokens)
@@ -184,29 +187,45 @@ class _Run:
                 context = student.context(states, batch.attention_mask, self.tokens)
                 target = _minus_bias(attention_sum - states[:, : self.tokens], student.out[1])
                 batch.add(equations, context, target, self.tokens)
-                cached += context.nbytes
-                batch.context = context if cached <= self.max_cached_bytes else None
+                batch.context = self._kept(context)
         return equations
+
+    def _kept(self, values: Tensor) -> Tensor | None:
+        """`values` if they fit beside what is kept already, else None: they will be computed again."""
+        if self.cached_bytes + values.nbytes > self.max_cached_bytes:
+            return None
+        self.cached_bytes += values.nbytes
+        return values
+
+    def _taken(self, values: Tensor | None) -> Tensor | None:
+        """What was kept, which is no longer counted."""
+        self.cached_bytes -= 0 if values is None else values.nbytes
+        return values
 
     def ffn(self, student: SlicedLayer) -> "_Equations | None":
         """Step 2. Leaves what enters the student's FFN in `batch.student`; the filters' equations, if any are kept."""
         equations = _Equations(student.fc2[0], block=1, intercept=False) if student.filters else None
         for batch in self.batches:
-            states, context = batch.student, batch.context
+            states, context = batch.student, self._taken(batch.context)
             if context is None:
                 context = student.context(states, batch.attention_mask, self.tokens)
             middle = student.middle(student.attention_sum(states[:, : self.tokens], context))
             batch.student, batch.context = middle, None
             if equations is not None:
                 target = _minus_bias(batch.teacher - middle, student.fc2[1])
-                batch.add(equations, student.activation(middle), target, self.tokens)
+                activation = student.activation(middle)
+                batch.add(equations, activation, target, self.tokens)
+                batch.activation = self._kept(activation) if self.goes_on else None
         return equations
 
     def advance(self, student: SlicedLayer) -> None:
         """Step 3. Teacher and student move on to what enters the next layer."""
         for batch in self.batches:
-            middle = batch.student
-            batch.student = student.next_states(student.ffn_sum(middle, student.activation(middle)))
+            middle, activation = batch.student, self._taken(batch.activation)
+            batch.activation = None
+            if activation is None:
+                activation = student.activation(middle)
+            batch.student = student.next_states(student.ffn_sum(middle, activation))
             batch.teacher = student.next_states(batch.teacher)
 
 
