@@ -71,16 +71,19 @@ def mask_gradients(model, batch, loss):
 
 @pytest.mark.parametrize("fisher", ["batch", "sample"])
 @pytest.mark.parametrize("name", BUILDS)
-def test_the_models_own_loss_in_other_words_changes_not_a_bit(name, fisher):
+def test_the_models_own_loss_in_other_words_changes_not_a_bit(name, fisher, monkeypatch):
     model, batch = build(*BUILDS[name])
     loader = rows_of(batch, 8)
+    known = ltp.prune(model, loader, ltp.Macs(0.5), fisher=fisher, progress=False).report.calibration_loss
+    # of a head that is known, what leads nowhere is left out, and the last layer's products are rounded in other places
+    monkeypatch.setattr(type(ltp.adapter_for(model)), "reads_first_token_only", lambda self, model: False)
     plain = ltp.prune(model, loader, ltp.Macs(0.5), fisher=fisher, progress=False)
     other = ltp.prune(model, loader, ltp.Macs(0.5), fisher=fisher, loss=own_loss, progress=False)
     for stage, masks in plain.stages.items():
         assert torch.equal(masks.heads, other.stages[stage].heads)
         assert torch.equal(masks.filters, other.stages[stage].filters)
     assert [stage.loss for stage in plain.report.stages] == [stage.loss for stage in other.report.stages]
-    assert plain.report.calibration_loss == other.report.calibration_loss
+    assert plain.report.calibration_loss == other.report.calibration_loss == pytest.approx(known, rel=1e-6)
     assert plain.report.chance_loss is not None and other.report.chance_loss is None
 
 
