@@ -1,6 +1,7 @@
 """Losses of one's own: the model's own loss in other words changes nothing, sentence pairs, encoders without a head."""
 
 import logging
+import random
 
 import pytest
 import torch
@@ -294,11 +295,14 @@ class TestErrors:
             ltp.prune(model, [batch], ltp.Macs(0.5), loss=lambda m, b: m(**b).loss * b["target"], progress=False)
 
 
-def test_a_loss_drawn_anew_at_each_call_is_taken():
+@pytest.mark.parametrize("source", ["torch", "elsewhere"])
+def test_a_loss_drawn_anew_at_each_call_is_taken(source):
     model, batch = FAMILIES["bert"]()
-    noise = nn.Dropout(0.5)  # of the caller's own, in training mode
+    noise, other = nn.Dropout(0.5), random.Random(0)  # of the caller's own, in training mode
 
     def loss(model, batch):
-        return functional.cross_entropy(noise(model(**batch | {"labels": None}).logits), batch["labels"])
+        logits = model(**batch | {"labels": None}).logits
+        logits = noise(logits) if source == "torch" else logits * other.random()
+        return functional.cross_entropy(logits, batch["labels"])
 
     assert ltp.prune(model, rows_of(batch, 4), ltp.Macs(0.5), loss=loss, progress=False).report.rows == 20

@@ -366,6 +366,6 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _eager(model: PreTrainedModel) -> AbstractContextManager:
-    """A model compiled in place (`model.compile()`) runs as it is written: compiled code does not see the probes."""
+    """A model compiled in place (`model.compile()`) runs as it is written: compiling around the probes takes longer."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
