@@ -153,18 +153,28 @@ def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch
         assert len(calls) == 2 and (tmp_path / ".lock").exists()
 
 
+def hold_and_fork(folder, ready, child):
+    with folder_lock(folder):
+        if not os.fork():
+            child.value = os.getpid()
+            ready.set()
+        time.sleep(60)
+
+
 def test_a_forked_process_does_not_go_on_holding(tmp_path):
-    with folder_lock(tmp_path):
-        child = os.fork()
-        if not child:
-            time.sleep(60)
-            os._exit(0)
+    """As the workers of a loader may outlive a run that was killed."""
+    context = multiprocessing.get_context("spawn")
+    ready, child = context.Event(), context.Value("i", 0)
+    process = context.Process(target=hold_and_fork, args=(str(tmp_path), ready, child))
+    process.start()
     try:
+        assert ready.wait(60)
+        process.kill()
+        process.join()
         with folder_lock(tmp_path):
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(child.value, signal.SIGKILL)
 
 
 def test_where_the_file_system_has_no_locks_it_only_warns(tmp_path, monkeypatch, caplog):

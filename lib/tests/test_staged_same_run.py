@@ -1,4 +1,4 @@
-"""A folder is tied to all that decides the curve of its run: what differs is named, and what does not matter goes on."""
+"""A folder is tied to all that decides the curve of its run: what differs is named, the rest goes on."""
 
 import dataclasses
 import json

@@ -160,10 +160,16 @@ def replaced(path: str, module: nn.Module) -> GPT2LMHeadModel:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: replaced("transformer.drop", nn.Identity()), "transformer.drop is a Identity .* Dropout, .* set p=0"),
-        (lambda: replaced("transformer.h.0.mlp.act", nn.ReLU()), "mlp.act is a ReLU .* change the configuration"),
-        (lambda: replaced("transformer.h.1.extra", nn.Tanh()), "h.1.extra is a Tanh where .* makes no module"),
-        (lambda: quantized(model()), "lm_head is a Linear.* before it was quantized"),
+        (
+            lambda: replaced("transformer.drop", nn.Identity()),
+            "transformer.drop is of type Identity .* Dropout, .* set p=0",
+        ),
+        (lambda: replaced("transformer.h.0.mlp.act", nn.ReLU()), "mlp.act is of type ReLU .* change the configuration"),
+        (lambda: replaced("transformer.h.1.extra", nn.Tanh()), "h.1.extra is of type Tanh where .* makes no module"),
+        (
+            lambda: quantized(model()),
+            r"lm_head is of type torch.ao.* makes torch.nn.modules.linear.Linear.* before it was quantized",
+        ),
     ],
 )
 def test_modules_that_the_configuration_does_not_make_are_refused(make, sentence):

@@ -254,7 +254,7 @@ def scheduled(schedule) -> Recipe:
         (lambda: recipe(schedule=1.0), "schedule=1.0"),
         (lambda: run(config(), []), "one or more Stage"),
         (lambda: run(config(), [Stage(1, width=2)]), "first stage of a new model cannot grow"),
-        (lambda: run("gpt2", [Stage(1)]), "found str"),
+        (lambda: run("gpt2", [Stage(1)]), "found str: load it first by GPT2LMHeadModel.from_pretrained"),
         (lambda: run(GPT2Config(n_embd=18, n_head=4), [Stage(1)]), "n_embd=18 does not divide into n_head=4"),
         (lambda: run(config(n_positions=8), [Stage(1)]), "context of 12 tokens is more than the model's n_positions=8"),
         (lambda: run(config(scale_attn_by_inverse_layer_idx=True), [Stage(1), Stage(1, depth=2)]), "in width only"),

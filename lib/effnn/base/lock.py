@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,7 +74,7 @@ def _flock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(handle, 1000, 0).decode("utf-8", "replace") or "another process"
+        holder = _said(handle) or "another process"
         raise InvalidInput(
             f"{path.parent} is in use by {holder}: wait until that has ended, or give each run a folder of its own"
         ) from None
@@ -81,6 +82,15 @@ def _flock(handle: int, path: Path) -> None:
         if error.errno not in _WITHOUT_LOCKS:
             raise
         log.warning("no file locks in %s (%s): nothing keeps two processes apart there", path.parent, error.strerror)
+
+
+def _said(handle: int) -> str:
+    """Who holds the lock, from its file; a holder that has only just taken it is about to write that."""
+    for _ in range(10):
+        if said := os.pread(handle, 1000, 0):
+            return said.decode("utf-8", "replace")
+        time.sleep(0.02)
+    return ""
 
 
 def _is_at(handle: int, path: Path) -> bool:

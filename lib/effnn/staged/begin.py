@@ -16,7 +16,7 @@ from effnn.base import InvalidInput
 from effnn.staged.depth import Layout, check_depth
 from effnn.staged.grow import grow
 from effnn.staged.learning_rate import Rewarmed
-from effnn.staged.names import check_model
+from effnn.staged.names import check_model, way_out
 from effnn.staged.optimizer import names_by_group
 from effnn.staged.settings import skeleton
 from effnn.staged.state import Recipe, Stage, TrainState
@@ -63,10 +63,8 @@ def checked_stages(
         if len(types := {str(parameter.dtype) for parameter in model.parameters()}) > 1:
             raise InvalidInput(f"the weights are of several types ({', '.join(sorted(types))}): convert them to one")
     else:
-        inside = ": hand over its .model" if isinstance(getattr(start, "model", None), GPT2LMHeadModel) else ""
-        raise InvalidInput(
-            f"expected a GPT2Config, GPT2LMHeadModel or TrainState, found {type(start).__name__}{inside}"
-        )
+        found = f"{type(start).__name__}{way_out(start)}"
+        raise InvalidInput(f"expected a GPT2Config, GPT2LMHeadModel or TrainState, found {found}")
     for stage in stages:
         check_depth(model, stage.depth, stage.order, stage.init)
     if isinstance(start, TrainState):

@@ -103,7 +103,7 @@ class Checkpoints:
         try:
             held.enter_context(folder_lock(self.folder))
         except InvalidInput as error:
-            if self.ranks.size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if self.ranks.size == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
                 raise InvalidInput(
                     f"{error}. Under torchrun, call torch.distributed.init_process_group() before `train`: its "
                     "processes then share one run"

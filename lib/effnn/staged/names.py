@@ -6,6 +6,7 @@ Growth never guesses from a shape: a square matrix could be many things. Everyth
 import re
 from dataclasses import dataclass
 from enum import Enum
+from os import PathLike
 
 from torch import nn
 from transformers import GPT2LMHeadModel
@@ -103,7 +104,7 @@ def check_model(model: nn.Module) -> None:
     way round.
     """
     if not isinstance(model, GPT2LMHeadModel):
-        raise InvalidInput(f"growth takes a GPT2LMHeadModel, found a {type(model).__name__}{_way_out(model)}")
+        raise InvalidInput(f"growth takes a GPT2LMHeadModel, found a {type(model).__name__}{way_out(model)}")
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InvalidInput(f"{name} is sharded (FullyShardedDataParallel), growth needs whole tensors: {_GATHER}")
@@ -125,7 +126,10 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _way_out(model: object) -> str:
+def way_out(model: object) -> str:
+    """What to do with an object that is no GPT2LMHeadModel, as the end of a sentence; empty where nobody knows."""
+    if isinstance(model, str | PathLike):
+        return ": load it first by GPT2LMHeadModel.from_pretrained"
     for kind in type(model).__mro__:
         if kind.__name__ in _WAYS_OUT:
             return f": {_WAYS_OUT[kind.__name__].format(gather=_GATHER)}"

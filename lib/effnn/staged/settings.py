@@ -73,12 +73,13 @@ def check_modules(model: GPT2LMHeadModel) -> None:
     made = skeleton(model.config, type(model))
     kinds = {name: type(module) for name, module in made.named_modules()}
     for name, module in model.named_modules():
-        if kinds.pop(name, None) is not type(module):
-            made_as = type(made.get_submodule(name)).__name__ if _has(made, name) else "no module"
+        made_as, found = kinds.pop(name, None), type(module)
+        if made_as is not found:
+            expected = "no module" if made_as is None else _kind(made_as, found)
             raise InvalidInput(
-                f"{name} is a {type(module).__name__} where the configuration makes {made_as}, and only what the "
-                "configuration makes can be grown or loaded again: change the configuration instead (the activation), "
-                "set p=0 on a Dropout that should do nothing, or take the model before it was quantized or wrapped"
+                f"{name} is of type {_kind(found, made_as)} where the configuration makes {expected}, and only what it "
+                "makes can be grown or loaded again: change the configuration instead (the activation), set p=0 on a "
+                "Dropout that should do nothing, or take the model before it was quantized or wrapped"
             )
     if kinds:
         raise InvalidInput(f"the model has no {next(iter(kinds))}, which its configuration makes: mend one of them")
@@ -91,8 +92,10 @@ def check_modules(model: GPT2LMHeadModel) -> None:
             )
 
 
-def _has(model: nn.Module, name: str) -> bool:
-    return any(name == own for own, _ in model.named_modules())
+def _kind(kind: type, other: type | None) -> str:
+    """The name of a class, with that of its module where the other one is called the same."""
+    same = other is not None and other.__name__ == kind.__name__
+    return f"{kind.__module__}.{kind.__name__}" if same else kind.__name__
 
 
 def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:

@@ -91,7 +91,7 @@ class _Run:
         self.start, self.checkpoints = start, None
         if folder is not None:
             identity = ranks.first(lambda: fingerprint(start, self.stages, recipe, train_tokens, validation_tokens))
-            self.checkpoints = Checkpoints(Path(folder), identity, recipe, ranks, start, self.stages)
+            self.checkpoints = Checkpoints(Path(folder).expanduser(), identity, recipe, ranks, start, self.stages)
 
     def __call__(self, progress: bool) -> TrainState:
         with self.checkpoints.opened() if self.checkpoints else nullcontext() as saved:
