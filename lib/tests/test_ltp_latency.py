@@ -435,7 +435,7 @@ def test_table_counts_what_each_block_runs(family, monkeypatch):
         tokens = batch * (10 if family == "vit" else seq_len)
         head, filter_ = 4 * shape.hidden * shape.head_size * tokens, 2 * shape.hidden * tokens
         assert table.head_ms == pytest.approx([1000 * head * n for n in range(shape.heads + 1)])
-        assert [count for count, _ in table.filter_points] == [0, 1, 20, 40, shape.filters]
+        assert [count for count, _ in table.filter_points] == [0, 1, 11, 20, 31, 40, 47, shape.filters]
         assert table.filter_ms == pytest.approx([1000 * filter_ * n for n in range(shape.filters + 1)])
         assert table.rest_ms > 0
         assert table.dense_ms == pytest.approx(table.dense_prediction(shape.layers))
@@ -484,7 +484,9 @@ def test_measuring_leaves_the_model_as_it_was(family):
     assert (table.dtype, table.device, table.batch, table.seq_len) == ("bfloat16", "cpu", 2, 5)
     assert table.provenance["threads"] == 1
     table = LatencyTable.measure(model, Latency(0.5, batch=2, seq_len=5, repeats=1), progress=False)
-    assert all(a <= b for ms in (table.head_ms, table.filter_ms) for a, b in itertools.pairwise(ms))
+    between = [ms for count, ms in enumerate(table.filter_ms) if count % 32 and count < 48]
+    for ms in (table.head_ms, [*table.filter_ms[::32], table.filter_ms[48]], between):
+        assert all(a <= b for a, b in itertools.pairwise(ms))
     assert table.head_ms[0] > 0 and table.filter_ms[0] > 0 and table.rest_ms > 0
     assert [module.training for module in model.modules()] == modes
     marked = latency_blocks._MarkedModel(
@@ -497,6 +499,38 @@ def test_measuring_leaves_the_model_as_it_was(family):
     assert values.keys() == model.state_dict().keys()
     assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
     model(**batch).loss.backward()  # the weights still take gradients
+
+
+@pytest.mark.parametrize(
+    "most, grid", [(1, 32), (2, 32), (48, 1), (48, 2), (48, 16), (48, 64), (3072, 32), (3072, 128)]
+)
+def test_the_ends_the_multiples_and_some_numbers_between_are_measured(most, grid):
+    counts = latency_blocks.measured_filters(most, grid)
+    assert counts == sorted(set(counts)) and {0, 1, most - 1, most, *range(0, most, grid)} <= set(counts)
+    between = [count for count in counts if count % grid and count not in (1, most - 1, most)]
+    assert len(between) <= 2 * latency_blocks.BETWEEN and (between or grid <= 2 or most < grid // 2 + 2)
+    assert all(count % 2 for count in between)
+
+
+def test_widths_off_the_tiles_are_dearer_and_the_search_avoids_them(monkeypatch):
+    """A machine that pays for whole tiles of 16 filters, and a third more for a tile that is not full."""
+
+    def run(self, inputs):
+        widths = [layer.intermediate.dense.out_features for layer in self.model.bert.encoder.layer]
+        blocks = [(1.0, math.ceil(w / 16) * (1.0 if w % 16 == 0 else 1.33)) for w in widths]
+        return latency_blocks.PassTimes(0.5 + sum(a + f for a, f in blocks), blocks)
+
+    monkeypatch.setattr(latency_blocks._MarkedModel, "run", run)
+    model, _ = build("bert", intermediate_size=256)
+    target = Latency(0.6, batch=2, seq_len=6, grid=16, repeats=3)
+    table = LatencyTable.measure(model, target, progress=False)
+    assert table.filter_ms[64] == pytest.approx(4.0) and table.filter_ms[65] > 5 and table.filter_ms[71] > 5
+    generator = torch.Generator().manual_seed(0)
+    masks = search_latency(
+        torch.rand(3, 4, generator=generator), torch.rand(3, 256, generator=generator), table, target
+    )
+    assert all(count % 16 == 0 for count in masks.filters_per_layer)
+    assert sum(1.0 + count / 16 for count in masks.filters_per_layer) + 0.5 <= 0.6 * table.dense_ms + 1e-9
 
 
 def test_a_round_takes_every_width():

@@ -37,6 +37,9 @@ from effnn.ltp.masks import Shape
 PASSES_A_DENSE_RUN = 3
 """Passes of cut models between two runs of the dense one; each round has two dense runs at least."""
 
+BETWEEN = 12
+"""Numbers of filters between multiples of the grid that are measured, about."""
+
 
 @dataclass(frozen=True)
 class BlockTimes:
@@ -64,14 +67,14 @@ class PassTimes:
 def measure_blocks(
     model: PreTrainedModel, batch: int, seq_len: int, grid: int, repeats: int, progress: bool = True
 ) -> BlockTimes:
-    """Time the attention block for every number of heads and the FFN block for filters at 0, 1, multiples of `grid`, F.
+    """Time the attention block for every number of heads and the FFN block for the numbers of `measured_filters`.
 
     The model stays as it is; it is timed on the device and in the dtype it has, in evaluation mode.
     """
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
     heads = list(range(shape.heads + 1))
-    filters = sorted({0, 1, *range(grid, shape.filters, grid), shape.filters})
+    filters = measured_filters(shape.filters, grid)
     passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
     dense_runs = max(2, math.ceil(passes / PASSES_A_DENSE_RUN))
     full = [shape.heads] * shape.layers, [shape.filters] * shape.layers
@@ -107,6 +110,18 @@ def measure_blocks(
                 shares.add(done, statistics.median(times.total for times in dense_times))
         steps.close()
     return shares.times()
+
+
+def measured_filters(most: int, grid: int) -> list[int]:
+    """0, the multiples of `grid`, `most`; and 1, `most` - 1 and some odd numbers half-way between multiples.
+
+    Matrix products are tiled: a width that is no multiple of a vector or a tile takes a good deal longer than one that
+    is. A straight line from multiple to multiple would know nothing of that, and most numbers are no multiples.
+    """
+    multiples = list(range(grid, most, grid))
+    step = max(1, len(multiples) // BETWEEN)
+    between = [(count + grid // 2) | 1 for count in [0, *multiples][::step]] if grid > 2 else []
+    return sorted({0, 1, max(most - 1, 0), most, *multiples, *(count for count in between if count < most)})
 
 
 class _Shares:

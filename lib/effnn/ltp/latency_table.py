@@ -34,9 +34,10 @@ class Latency:
     ratio: in (0, 1]. batch, seq_len: of the deployed model's inputs (a vision encoder's length is its own).
     device, dtype: where and in what it will run; None takes the model's. dtype: torch's or its name ("bfloat16").
     latency_model: "table" searches the measured table itself, "piecewise" the paper's fit to it. grid: filters are
-    timed at multiples of it. repeats: timed runs, of which the median counts. corrections: how often the search may be
-    repeated where the assembled model, measured in turn with the dense one, is over the budget; 0 takes the table at
-    its word. min_heads, min_filters: kept in every layer whatever their importance.
+    timed at multiples of it, which the search prefers where they are faster, and at some numbers between. repeats:
+    timed runs, of which the median counts. corrections: how often the search may be repeated where the assembled model,
+    measured in turn with the dense one, is over the budget; 0 takes the table at its word. min_heads, min_filters: kept
+    in every layer whatever their importance.
     """
 
     ratio: float
@@ -123,14 +124,16 @@ class LatencyTable:
         """The table of `model` under `target`; how the blocks are timed is told in `latency_blocks`.
 
         Measured points are made non-decreasing (isotonic regression) and joined by straight lines, whatever the clock
-        says. Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that is not here.
+        says; of filters, the multiples of the grid by themselves and the numbers between them by themselves, as the
+        latter take longer. Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that
+        is not here.
         """
         placed = placed_copy(model, check_device(target.device), target.torch_dtype())
         times = measure_blocks(placed, target.batch, target.seq_len, target.grid, target.repeats, progress)
         on_gpu = placed.device.type == "cuda"
         return cls(
             head_ms=_interpolated(times.heads),
-            filter_ms=_interpolated(times.filters) if any(times.filters.values()) else _even(times.filters),
+            filter_ms=_tiled(times.filters, target.grid) if any(times.filters.values()) else _even(times.filters),
             rest_ms=times.rest_ms,
             head_points=tuple(times.heads.items()),
             filter_points=tuple(times.filters.items()),
@@ -218,6 +221,20 @@ def isotonic(values: Sequence[float]) -> list[float]:
 def _even(points: dict[int, float]) -> tuple[float, ...]:
     """Where the clock stood still: units that all cost the same."""
     return tuple(_LEAST_MS * count for count in range(max(points) + 1))
+
+
+def _tiled(points: dict[int, float], grid: int) -> tuple[float, ...]:
+    """Ms of 0, 1, ... filters: multiples of the grid (and all filters) on one curve, the others on a second one."""
+    most = max(points)
+    aligned = {count: ms for count, ms in points.items() if count % grid == 0 or count == most}
+    others = {count: ms for count, ms in points.items() if count not in aligned}
+    values = list(_interpolated(aligned))
+    if others:
+        rough = _interpolated(others | {0: 0.0})  # 0 belongs to the first curve; here it only begins the range
+        values[: len(rough)] = [
+            ms if count % grid == 0 else rough[count] for count, ms in enumerate(values[: len(rough)])
+        ]
+    return tuple(values)
 
 
 def _interpolated(points: dict[int, float]) -> tuple[float, ...]:
