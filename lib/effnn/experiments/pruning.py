@@ -423,7 +423,8 @@ def latency_target(
     """Every checkpoint of the first family pruned to latency budgets; and the table of the first one's block times.
 
     One row a checkpoint and budget: family, seed, budget, predicted and measured latency (shares of the dense model's,
-    which is measured in turn with the pruned one), the same in ms, mac_ratio, accuracy on dev, refused (the budget is
+    which is measured in turn with the pruned one), the same in ms, searches (the search is repeated while the model that
+    it proposes is measured over the budget), mac_ratio, accuracy on dev, refused (the budget is
     below what the cheapest blocks take by this table: the dense model stays, at 1), load (highest load average).
     """
     listed, tables = [], []
@@ -439,7 +440,7 @@ def latency_target(
             for ratio in ratios:
                 row = {"family": config.family, "seed": config.seed, "budget": ratio}
                 rows = calibration_loader(task, trained.tokenizer, sweep.rows, sweep.batch, 0, config.max_length)
-                target = ltp.Latency(ratio, batch, seq_len, repeats=2 * rounds)
+                target = ltp.Latency(ratio, batch, seq_len, repeats=rounds)
                 try:
                     result = ltp.prune(trained.model, rows, target, table=tables[-1], progress=False)
                 except ltp.BudgetTooSmall:  # a measured time decides it, so it must not end the run
@@ -451,9 +452,10 @@ def latency_target(
                     row
                     | {
                         "predicted": check.predicted / check.dense_predicted,
-                        "measured": check.measured / check.dense_measured,
+                        "measured": check.ratio,
                         "predicted_ms": check.predicted,
                         "measured_ms": check.measured,
+                        "searches": len(check.attempts),
                         "mac_ratio": final.mac_ratio,
                         "accuracy": evaluate(result.materialize(), loader(dev, EVALUATION_BATCH)).accuracy,
                         "refused": False,
