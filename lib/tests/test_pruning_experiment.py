@@ -248,6 +248,17 @@ class TestSweep:
         monkeypatch.setattr(ltp, "search_macs", lambda *_: ltp.Masks.ones(shape))
         assert not pruning.check_budgets(task, trained, self.SWEEP, table).kept.all()
 
+    def test_a_latency_budget_that_the_table_refuses_does_not_end_the_run(self, start, monkeypatch):
+        task, _, trained = start
+        shape = ltp.Shape.of(trained.model)
+        table = ltp.LatencyTable.from_values(range(shape.heads + 1), range(shape.filters + 1), 50.0, batch=4, seq_len=8)
+        monkeypatch.setattr(ltp.LatencyTable, "measure", lambda *_, **__: table)
+        found, _ = pruning.latency_target(task, [trained], [0.1, 0.9], self.SWEEP, 4, 8, rounds=1)
+        assert found.refused.tolist() == [True, False] and found.measured[0] == 1.0
+        assert found.accuracy[0] == trained.accuracy and found.searches[1] >= 1
+        samples, note = pruning.latency_kept(found)
+        assert samples == [pytest.approx(max(10.0, found.measured[1] / 0.9))] and "1 of 2 refused" in note
+
     def test_numbers_of_tries_have_an_end(self):
         with pytest.raises(InvalidInput, match="1 to 3"):
             pruning.Sweep(trials=4)

@@ -423,9 +423,9 @@ def latency_target(
     """Every checkpoint of the first family pruned to latency budgets; and the table of the first one's block times.
 
     One row a checkpoint and budget: family, seed, budget, predicted and measured latency (shares of the dense model's,
-    which is measured in turn with the pruned one), the same in ms, searches (the search is repeated while the model that
-    it proposes is measured over the budget), mac_ratio, accuracy on dev, refused (the budget is
-    below what the cheapest blocks take by this table: the dense model stays, at 1), load (highest load average).
+    which is measured in turn with the pruned one), the same in ms, searches (repeated while the model that one proposes
+    is measured over the budget), mac_ratio, accuracy on dev, refused (the budget is below what the cheapest blocks take
+    by this table: the dense model stays, at 1), load (highest load average).
     """
     listed, tables = [], []
     for trained in _of_first_family(checkpoints):
