@@ -12,7 +12,7 @@ Flags. A bool is a byte that holds 0 or 1: its sum is the maximum, its product t
 Averages and complex numbers. A sum that is divided afterwards; pairs of real numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ REDUCED_TYPES = (*FLOATS, *INTEGERS)
 OPERATIONS = ("sum", "product", "min", "max", "avg", "band", "bor", "bxor")
 
 _ORDERED = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float -> what it is compared as
+_BLOCK = 1 << 15  # elements
 _OF_FLAGS = {
     "sum": "max", "product": "min", "min": "min", "max": "max", "band": "min", "bor": "max", "bxor": "sum",
 }  # fmt: skip
@@ -52,7 +53,7 @@ class Reduction:
         return self.encode(numbers) if self.encode else numbers
 
     def restore(self, carried: Tensor, flat: Tensor) -> None:
-        """Put the library's result into `flat`."""
+        """Put the library's result into `flat`; `carried` is used up."""
         numbers = self.as_numbers(flat) if self.as_numbers else flat
         if self.decode:
             self.decode(carried, numbers)
@@ -124,17 +125,30 @@ def _of_floats(operation: str, dtype: torch.dtype, int16: bool) -> Reduction:
     winner = torch.iinfo(kind).max if operation == "max" else torch.iinfo(kind).min
 
     def encode(flat: Tensor) -> Tensor:
-        wide = flat.float() if widened else flat
-        return _turned(wide.view(kind)).masked_fill_(wide.isnan(), winner)
+        carried = torch.empty(flat.shape, dtype=kind)
+        for values, place in _in_blocks(flat, carried):
+            wide = values.float() if widened else values
+            _turn(wide.view(kind), place)
+            if wide.numel() and wide.amax().isnan():  # the common case is that there is none
+                place.masked_fill_(wide.isnan(), winner)
+        return carried
 
     def decode(carried: Tensor, flat: Tensor) -> None:
-        turned = _turned(carried)
-        flat.copy_(turned.view(torch.float32) if widened else turned.view(dtype))
+        for bits, place in _in_blocks(carried, flat):
+            if widened:
+                place.copy_(_turn(bits, bits).view(torch.float32))
+            else:
+                _turn(bits, place.view(kind))
 
     return Reduction(operation, encode=encode, decode=decode)
 
 
-def _turned(bits: Tensor) -> Tensor:
-    """Negative floats have their bits below the sign turned round, and so back again."""
-    largest = torch.iinfo(bits.dtype).max
-    return torch.bitwise_right_shift(bits, 8 * bits.itemsize - 1).bitwise_and_(largest).bitwise_xor_(bits)
+def _in_blocks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in pieces that stay in the cache over several passes."""
+    return zip(source.split(_BLOCK), target.split(_BLOCK), strict=True)
+
+
+def _turn(bits: Tensor, target: Tensor) -> Tensor:
+    """Turn round the bits below the sign where the sign is set; twice is as before. The target may be `bits`."""
+    below = torch.bitwise_right_shift(bits, 8 * bits.itemsize - 1).bitwise_and_(torch.iinfo(bits.dtype).max)
+    return torch.bitwise_xor(bits, below, out=target)
