@@ -218,9 +218,12 @@ def test_names_that_a_folder_could_not_tell_apart_are_refused(stock, user):
 
 
 def test_a_cell_run_twice_takes_its_own_place(stock, user, tmp_path):
+    first_typed = None  # the cell of the configuration was run again, that of the model was not
     for _ in range(3):
         module = user()
         register_adapter(module.TypedAdapter())
+        first_typed = first_typed or module.Typed
+        module.TypedForSequenceClassification.config_class = first_typed
         register_pruned(module.Typed, [module.TypedForSequenceClassification])
         register_pruned(BertConfig, [module.MineForSequenceClassification])
         _round_trip(module.TypedForSequenceClassification, module.Typed, tmp_path / "typed")

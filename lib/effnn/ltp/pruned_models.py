@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from effnn.base import InvalidInput
 from effnn.ltp.adapters import PRUNED_PREFIX, Adapter, adapter_for_type
 from effnn.ltp.cut import cut
+from effnn.ltp.registering import auto_class, check_kinds, check_takes, check_told_apart, same_definition
 from effnn.ltp.saving import CONFIG, whole_folder
 
 _FAMILIES = {
@@ -171,12 +172,12 @@ def register_pruned(
             },
         )
         _rename_weights_alike(model_class.__name__, pruned.__name__)
-        if auto := _auto_class(model_class):
+        if auto := auto_class(model_class):
             # by name: a class defined anew takes its own place
             alike = {
                 known.__name__: known
                 for (dense, of), known in _PRUNED.items()
-                if of is config_class and _auto_class(dense) is auto
+                if of is config_class and auto_class(dense) is auto
             }
             auto.register(config, tuple(alike.values()) if len(alike) > 1 else pruned, exist_ok=True)
     return [_PRUNED[model_class, config_class] for model_class in model_classes]
@@ -206,57 +207,21 @@ def _pruned_type(config_class: type[PreTrainedConfig]) -> str:
     """Model type of the pruned models of `config_class`: the same whatever was registered before."""
     stock = config_class.model_type
     borrowed = "model_type" not in vars(config_class) or (
-        stock in CONFIG_MAPPING and not _same_definition(CONFIG_MAPPING[stock], config_class)
+        stock in CONFIG_MAPPING and not same_definition(CONFIG_MAPPING[stock], config_class)
     )
     return PRUNED_PREFIX + stock + (f"_{config_class.__name__}" if borrowed else "")
 
 
 def _check_classes(config_class: type[PreTrainedConfig], model_classes: Sequence[type[PreTrainedModel]]) -> None:
-    if not _is_class(config_class, PreTrainedConfig):
-        found = config_class if isinstance(config_class, type) else f"an object of {type(config_class)}"
-        raise InvalidInput(f"config_class: expected a configuration class, such as BertConfig; found {found}")
-    if not isinstance(model_classes, Sequence) or not all(_is_class(each, PreTrainedModel) for each in model_classes):
-        raise InvalidInput(f"model_classes: expected a list of transformers model classes; found {model_classes!r}")
+    check_kinds(config_class, model_classes)
     for each in (config_class, *model_classes):
         if issubclass(each, (PrunedConfigMixin, PrunedMixin)):
             raise InvalidInput(f"{each.__name__} is pruned already: expected the class of the dense model")
-    for model_class in model_classes:
-        takes = getattr(model_class, "config_class", None)
-        if takes is not None and not issubclass(config_class, takes):
-            raise InvalidInput(
-                f"{model_class.__name__} takes a {takes.__name__}, not a {config_class.__name__}: register it with that"
-            )
-    names = [(config_class, other) for other in _CONFIGS if _pruned_type(other) == _pruned_type(config_class)]
-    pairs = [(each, other) for other, of in _PRUNED if of is config_class for each in model_classes]
-    pairs += [(one, other) for one in model_classes for other in model_classes]
-    names += [(each, other) for each, other in pairs if each.__name__ == other.__name__]
-    for each, other in names:
-        if not _same_definition(each, other):
-            raise InvalidInput(
-                f"{_full_name(each)} cannot be told from {_full_name(other)} in a saved folder: rename it, or give its "
-                "configuration class a model_type of its own"
-            )
-
-
-def _is_class(found: object, base: type) -> bool:
-    return isinstance(found, type) and issubclass(found, base)
-
-
-def _full_name(found: type) -> str:
-    return f"{found.__module__}.{found.__qualname__}"
-
-
-def _same_definition(one: type, other: type) -> bool:
-    """Whether they are one class, or one class statement run twice."""
-    return _full_name(one) == _full_name(other)
-
-
-def _auto_class(model_class: type[PreTrainedModel]) -> type | None:
-    """The Auto class of a model class's ending."""
-    name = model_class.__name__
-    endings = (name[start:] for start in range(len(name)))
-    found = ("AutoModel" + ("" if end == "Model" else end) for end in endings if end == "Model" or end[:3] == "For")
-    return next((getattr(transformers, auto) for auto in found if hasattr(transformers, auto)), None)
+    check_takes(config_class, model_classes)
+    pairs = [(config_class, other) for other in _CONFIGS if _pruned_type(other) == _pruned_type(config_class)]
+    models = [*model_classes, *(other for other, of in _PRUNED if of is config_class)]
+    pairs += [(each, other) for each in model_classes for other in models if each.__name__ == other.__name__]
+    check_told_apart(pairs)
 
 
 def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
@@ -311,7 +276,7 @@ def _rename_weights_alike(stock: str, pruned: str) -> None:
 def _new_class(name: str, bases: tuple[type, ...], content: dict) -> type:
     created = type(name, bases, content | {"__module__": __name__, "__qualname__": name})
     known = globals().get(name)
-    if known is None or _same_definition(known.dense_class, content["dense_class"]):
+    if known is None or same_definition(known.dense_class, content["dense_class"]):
         globals()[name] = created  # so that the class can be imported
     return created
 
