@@ -99,7 +99,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._number = self._store.add(f"oneccl_joins_{self._rank}", 1)
         key = f"oneccl_id_{self._number}"
         if self._rank == 0:
-            self._store.set(key, library().unique_id().hex())
+            self._store.set(key, library().unique_id(self._size).hex())
         shared = bytes.fromhex(self._store.get(key).decode())
         self._communicator = library().communicator(shared, self._rank, self._size)
 
