@@ -113,16 +113,16 @@ def test_a_process_loads_the_library_with_the_users_variables():
     loaded = library()
     one, other = loaded.unique_id(), loaded.unique_id()
     assert len(one) == 4096 and one != other and library() is loaded
-    print(json.dumps([loaded.version(), os.environ["CCL_LOG_LEVEL"], os.environ["CCL_WORKER_OFFLOAD"]]))
+    print(json.dumps([loaded.version(), os.environ["CCL_LOG_LEVEL"], os.environ["CCL_ATL_TRANSPORT"]]))
     """
     environment = os.environ | {"CCL_LOG_LEVEL": "warn"}
-    environment.pop("CCL_WORKER_OFFLOAD", None)
+    environment.pop("CCL_ATL_TRANSPORT", None)
     script = "\n".join(line.strip() for line in script.splitlines())
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    version, level, offload = json.loads(ran.stdout.splitlines()[-1])
+    version, level, transport = json.loads(ran.stdout.splitlines()[-1])
     assert importlib.metadata.version("oneccl").startswith(version)
-    assert (level, offload) == ("warn", "0")
+    assert (level, transport) == ("warn", "ofi")
 
 
 # Its errors

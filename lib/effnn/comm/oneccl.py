@@ -106,7 +106,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     def _join(self) -> None:
         if self._rank == 0:
-            self._store.set("id", library().unique_id().hex())
+            self._store.set("id", library().unique_id(self._size).hex())
         shared = bytes.fromhex(self._store.get("id").decode())
         self._communicator = library().communicator(shared, self._rank, self._size)
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from effnn.base import NotAvailable
+from effnn.comm import waiting
 from effnn.comm.interfaces import communication_interface
 from effnn.comm.work import LibraryError
 
@@ -113,17 +114,20 @@ class Library:
         self._check("onecclGetVersion", self._api.onecclGetVersion(ctypes.byref(code)))
         return f"{code.value // 10000}.{code.value // 100 % 100}"
 
-    def unique_id(self) -> bytes:
-        """A new id, for the ranks of one communicator."""
+    def unique_id(self, size: int = 1) -> bytes:
+        """A new id, for the `size` ranks of one communicator."""
         made = UniqueId()
-        self._check("onecclGetUniqueId", self._api.onecclGetUniqueId(ctypes.byref(made)))
+        with waiting.told(0, size):
+            status = self._api.onecclGetUniqueId(ctypes.byref(made))
+        self._check("onecclGetUniqueId", status)
         return bytes(made)
 
     def communicator(self, shared: bytes, rank: int, size: int) -> "Communicator":
         """Join a communicator; returns when all of its ranks have."""
         handle = ctypes.c_void_p()
         identity = UniqueId.from_buffer_copy(shared)
-        status = self._api.onecclCommInitRank(ctypes.byref(handle), size, identity, rank)
+        with waiting.told(rank, size):
+            status = self._api.onecclCommInitRank(ctypes.byref(handle), size, identity, rank)
         self._check("onecclCommInitRank", status)
         return Communicator(self, handle)
 
@@ -158,13 +162,12 @@ def library() -> Library:
 
 
 def _set_environment(folder: Path) -> None:
-    """What the library reads when it starts. A value that the user has set stays."""
+    """What the library reads when it starts, but for how it waits (`effnn.comm.waiting`). The user's values stay."""
     interface = communication_interface()
     wanted = {
         "CCL_PLUGIN": "ONECCL_LEGACY_CPU",  # the others want a SYCL device
         "CCL_ATL_TRANSPORT": "ofi",
         "FI_PROVIDER": "tcp",
-        "CCL_WORKER_OFFLOAD": "0",  # no threads of its own: they would compete with the ranks for the cores
         "CCL_LOG_LEVEL": "error",  # by default it reports each of these settings
         "CCL_PROCESS_LAUNCHER": "none",  # ranks come from the communicator's id, not from a launcher
         "CCL_KVS_IFACE": interface,

@@ -185,6 +185,7 @@ def _environment(rank: int | None, size: int, nodes: list[Node] | None, threads:
         "MASTER_ADDR": nodes[0].address if nodes else "127.0.0.1",
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(per_node),
+        "EFFNN_LOCAL_RANKS": str(size),  # emulated nodes share this machine's cores
         "GROUP_RANK": str((rank or 0) // per_node),
         "GLOO_SOCKET_IFNAME": node.interface if node else loopback(),
         "EFFNN_INTERFACE": node.interface if node else loopback(),

@@ -1,0 +1,57 @@
+"""What the ranks of test_comm_waiting.py run."""
+
+import os
+import time
+import zlib
+
+import torch
+import torch.distributed as dist
+
+
+def threads_of_the_library():
+    """Cores of the threads that making a ccl group adds and ties to one core each; names of oneCCL's variables."""
+    before = set(os.listdir("/proc/self/task"))
+    group = dist.new_group(backend="ccl")
+    tensor = torch.full((1000,), float(dist.get_rank() + 1))
+    dist.all_reduce(tensor, group=group)
+    size = dist.get_world_size()
+    assert tensor.tolist() == [size * (size + 1) / 2] * 1000
+    added = [int(thread) for thread in set(os.listdir("/proc/self/task")) - before]
+    masks = [os.sched_getaffinity(thread) for thread in added]
+    dist.barrier()
+    return [core for mask in masks for core in mask if len(mask) == 1], [n for n in os.environ if n.startswith("CCL_")]
+
+
+def answers(sleepers):
+    """Sums of many sizes and types over ranks of which `sleepers` sleep and the others wait actively, as checksums."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ["EFFNN_LOCAL_RANKS"] = "1000000" if rank in sleepers else "1"
+    group = dist.new_group(backend="ccl")
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+        for numel in (1, 7, 1000, 70_001, 1 << 19):
+            values = torch.randn(numel, generator=torch.Generator().manual_seed(numel + rank)) * 100
+            tensor = values.to(dtype, copy=True)
+            dist.all_reduce(tensor, group=group)
+            gathered = torch.empty(numel * size, dtype=dtype)
+            dist.all_gather_into_tensor(gathered, values.to(dtype), group=group)
+            exact = torch.zeros(numel, dtype=torch.float64)
+            for part in gathered.view(size, numel):
+                exact += part.double()
+            rounding = 8.0 if dtype == torch.bfloat16 else 1e-3  # sums of three numbers of up to about 500
+            worst = float((tensor.double() - exact).abs().max())
+            assert worst < rounding, (dtype, numel, worst)
+            found.append(zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()))
+    dist.barrier()
+    return found
+
+
+def cpu_time_while_idle(seconds=2.0):
+    """Seconds that the rank was idle, and its processor time in them."""
+    dist.all_reduce(torch.ones(1000))
+    time.sleep(0.2)
+    busy = time.process_time()
+    time.sleep(seconds)
+    busy = time.process_time() - busy
+    dist.barrier()
+    return seconds, busy
