@@ -412,7 +412,7 @@ def latency_target(
                 {
                     "budget": ratio,
                     "predicted": check.predicted / check.dense_predicted,
-                    "measured": check.measured / check.dense_measured,
+                    "measured": check.ratio,
                     "predicted_ms": check.predicted,
                     "measured_ms": check.measured,
                     "mac_ratio": final.mac_ratio,
