@@ -1,7 +1,6 @@
 """How oneCCL waits: the choice by ranks and cores, what the library then does, and that no result depends on it."""
 
 import os
-import sys
 from pathlib import Path
 
 import comm_waiting_workers as workers
@@ -13,6 +12,8 @@ from effnn.experiments import bench_comm
 
 ASLEEP = {"CCL_WORKER_OFFLOAD": "1", "CCL_WORKER_WAIT": "1", "CCL_YIELD": "sleep"}
 ACTIVE = {"CCL_WORKER_OFFLOAD": "0"}
+
+LINUX = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
 
 
 def tied(core):
@@ -68,6 +69,7 @@ def test_what_the_user_has_set_stays():
         assert choice(size=4, **{name: "1"}) == ASLEEP  # the three belong together
 
 
+@LINUX
 def test_the_variables_are_there_during_the_call_alone(monkeypatch):
     for name in [*tied(0), *waiting.LOCAL_RANKS]:
         monkeypatch.delenv(name, raising=False)
@@ -83,7 +85,7 @@ def test_the_variables_are_there_during_the_call_alone(monkeypatch):
 # Cores
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+@LINUX
 def test_cores_are_those_of_the_ranks_together(monkeypatch):
     masks = {0: {3}, os.getppid(): {2, 3, 5}}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(masks[pid]))
@@ -157,7 +159,6 @@ def test_a_user_who_wants_active_waiting_in_a_crowd_gets_it(two_cores):
     assert [tied_to for tied_to, _ in found] == [[]] * 3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="oneCCL is for Linux")
 def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cores):
     """Each rank waits in its own way; the answers are those of ranks that all wait actively."""
     active = launch.run(workers.answers, 3, "gloo", args=((),), timeout=100)

@@ -52,7 +52,7 @@ def run_suite(backend: str, names: Sequence[str] | None = None, seconds: float =
 
     seconds: limit of one test; after it the test has failed and its processes are ended.
     """
-    left = test_names(backend) if names is None else list(names)
+    left = test_names() if names is None else list(names)
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="torch-suite-") as top:
         while left:
@@ -66,7 +66,7 @@ def run_suite(backend: str, names: Sequence[str] | None = None, seconds: float =
     return results
 
 
-def test_names(backend: str) -> list[str]:
+def test_names() -> list[str]:
     """Names of all tests. Starts one process, as torch's module wants to know the backend when it is imported."""
     with tempfile.TemporaryDirectory() as folder:
         (names,) = launch.run(listed, 1, None, env=_variables("gloo", Path(folder)), timeout=120)
