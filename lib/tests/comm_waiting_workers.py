@@ -55,3 +55,16 @@ def cpu_time_while_idle(seconds=2.0):
     busy = time.process_time() - busy
     dist.barrier()
     return seconds, busy
+
+
+def unequal_sizes(numel):
+    """Name and text of the error of an all_reduce to which every rank brings another size; then of the next one."""
+    found = "none", ""
+    try:
+        dist.all_reduce(torch.ones(numel * (dist.get_rank() + 1)))
+        time.sleep(1)
+        dist.all_reduce(torch.ones(numel))
+    except Exception as error:
+        found = type(error).__name__, str(error)
+        time.sleep(8)  # the others come to their time-out before this rank leaves
+    return found

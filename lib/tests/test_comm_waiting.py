@@ -1,6 +1,9 @@
 """How oneCCL waits: the choice by ranks and cores, what the library then does, and that no result depends on it."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import comm_waiting_workers as workers
@@ -171,6 +174,46 @@ def test_a_process_asleep_costs_little(two_cores):
     """A worker without calls waits for the next one: it neither spins nor wakes up all the time."""
     for seconds, busy in launch.run(workers.cpu_time_while_idle, 3, "ccl", timeout=100):
         assert busy < seconds / 2, (seconds, busy)
+
+
+@pytest.mark.parametrize("numel", [100, 1 << 20])
+@pytest.mark.parametrize("user", [{}, {"CCL_WORKER_OFFLOAD": "0"}])
+def test_a_failure_in_the_library_is_an_error_and_not_the_end_of_the_process(two_cores, user, numel):
+    """Ranks that bring different sizes: against the rules, and an error inside of the library."""
+    outcomes = launch.run_outcomes(
+        workers.unequal_sizes, 3, "ccl", args=(numel,), env=user, timeout=60, group_timeout=6, grace=30
+    )
+    assert [outcome.exit_code for outcome in outcomes] == [0] * 3, [(o.error, o.stderr) for o in outcomes]
+    found = [outcome.result for outcome in outcomes]
+    assert [kind for kind, _ in found].count("LibraryError") >= 1, found
+    assert {kind for kind, _ in found} <= {"LibraryError", "CollectiveTimeout", "CollectiveFailed", "none"}
+
+
+TERMINATE = """
+import ctypes, os, sys, threading, time
+from effnn.comm import thread_guard
+
+called = threading.Event()
+terminate = ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev
+
+def run():
+    if sys.argv[1] == "guarded":
+        thread_guard.guard(threading.get_native_id(), called.set)
+    else:
+        thread_guard.guard(1, called.set)
+    terminate()
+
+threading.Thread(target=run, daemon=True).start()
+print(called.wait(10), flush=True)
+os._exit(0)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(("thread", "code", "out"), [("guarded", 0, "True"), ("other", -signal.SIGABRT, "")])
+def test_a_guarded_thread_alone_survives_terminate(thread, code, out):
+    ran = subprocess.run([sys.executable, "-c", TERMINATE, thread], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout.strip()) == (code, out), ran.stderr
 
 
 # The benchmark

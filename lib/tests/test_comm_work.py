@@ -242,7 +242,7 @@ def test_a_call_that_never_returns_is_an_error_of_all_within_the_limit(lanes, la
     stuck = lane.submit(Call("all_reduce of 2 ranks", lambda: blocker.wait() and None, timeout=0.4))
     queued = [lane.submit(Call(f"call {n}", lambda: ran.append(1), timeout=0.4)) for n in range(3)]
     future = queued[0].get_future()
-    with pytest.raises(CollectiveTimeout, match=r"all_reduce of 2 ranks .* time-out of 0\.4 s"):
+    with pytest.raises(CollectiveTimeout, match=r"all_reduce of 2 ranks .* timeout of 0\.4 s"):
         stuck.wait(SOON)
     for n, handle in enumerate(queued):
         with pytest.raises(CollectiveFailed, match=f"call {n}: .* earlier call failed: all_reduce of 2 ranks"):

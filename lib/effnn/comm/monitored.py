@@ -26,10 +26,11 @@ def monitored_barrier(
     store.set(f"here_{rank}", "")
     if rank == 0:
         end = time.monotonic() + timeout
-        missing = set(range(size))
-        while missing and time.monotonic() < end:
-            missing = {other for other in missing if not store.check([f"here_{other}"])}
-            time.sleep(_POLL if missing else 0)
+        missing = set(range(1, size))
+        while missing := {other for other in missing if not store.check([f"here_{other}"])}:
+            if time.monotonic() >= end:
+                break
+            time.sleep(_POLL)
         named = sorted(missing) if wait_all_ranks else sorted(missing)[:1]
         store.set("answer", _ALL if not missing else ", ".join(map(str, named)))
     else:
@@ -42,5 +43,6 @@ def monitored_barrier(
     answer = store.get("answer")
     if answer != _ALL:
         raise CollectiveTimeout(
-            f"monitored_barrier: rank {answer.decode()} did not come within {timeout:g} s of rank 0's coming"
+            f"Rank {rank} timed out in monitoredBarrier: rank {answer.decode()} did not come within {timeout:g} s of rank "
+            "0's coming"
         )

@@ -108,6 +108,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
         if self._rank == 0:
             self._store.set("id", library().unique_id(self._size).hex())
         shared = bytes.fromhex(self._store.get("id").decode())
+        library().on_worker_failure = self._lane.fail
         self._communicator = library().communicator(shared, self._rank, self._size)
 
     # Native calls.

@@ -9,11 +9,12 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from effnn.base import NotAvailable
-from effnn.comm import waiting
+from effnn.comm import thread_guard, waiting
 from effnn.comm.interfaces import communication_interface
 from effnn.comm.work import LibraryError
 
@@ -75,7 +76,13 @@ def library_folder() -> Path:
 
 
 class Library:
-    """The loaded C API; every call raises LibraryError with the library's own words when it fails."""
+    """The loaded C API; every call raises LibraryError with the library's own words when it fails.
+
+    on_worker_failure: called with an error, on a thread of the library, when its worker thread fails; a call that waits
+    for that thread does not return by itself.
+    """
+
+    on_worker_failure: Callable[[LibraryError], None] | None = None
 
     def __init__(self) -> None:
         reason = unavailable()
@@ -126,10 +133,23 @@ class Library:
         """Join a communicator; returns when all of its ranks have."""
         handle = ctypes.c_void_p()
         identity = UniqueId.from_buffer_copy(shared)
+        before = thread_guard.threads()
         with waiting.told(rank, size):
             status = self._api.onecclCommInitRank(ctypes.byref(handle), size, identity, rank)
+        for thread in thread_guard.threads() - before:
+            if waiting.is_worker(thread):
+                thread_guard.guard(thread, self._worker_failed)
         self._check("onecclCommInitRank", status)
         return Communicator(self, handle)
+
+    def _worker_failed(self) -> None:
+        if self.on_worker_failure is not None:
+            self.on_worker_failure(
+                LibraryError(
+                    "oneCCL: its worker thread failed, and has written why to the standard error. A peer has ended, or "
+                    "the ranks bring different types or sizes."
+                )
+            )
 
     def _check(self, name: str, status: int, handle: ctypes.c_void_p | None = None) -> None:
         if status != _SUCCESS:

@@ -343,7 +343,7 @@ class LaneProcessGroup(NamedGroup):
         self._expect_open("monitored_barrier")
         self._barriers += 1
         store = dist.PrefixStore(f"barrier_{self._barriers}/", self._store)
-        limit = timeout.total_seconds() if timeout else self._timeout
+        limit = self._timeout if timeout is None else timeout.total_seconds()
         monitored_barrier(store, self._rank, self._size, limit, wait_all_ranks)
 
     @guarded("send")

@@ -57,13 +57,22 @@ def told(rank: int, size: int) -> Iterator[None]:
 
     Programs that this process starts must not take them for the user's.
     """
-    wanted = variables(rank, size, os.sched_getaffinity(0), available_cores(), os.environ)
+    linux = hasattr(os, "sched_getaffinity")  # as is the library
+    wanted = variables(rank, size, os.sched_getaffinity(0), available_cores(), os.environ) if linux else {}
     os.environ.update(wanted)
     try:
         yield
     finally:
         for name in wanted:
             os.environ.pop(name, None)
+
+
+def is_worker(thread: int) -> bool:
+    """Whether a thread that making a group has added is a worker of the library: they alone are tied to one core."""
+    try:
+        return len(os.sched_getaffinity(thread)) == 1
+    except OSError:  # it has ended
+        return False
 
 
 def available_cores() -> int:

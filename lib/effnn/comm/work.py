@@ -315,7 +315,7 @@ class Lane:
 
     def _timed_out(self, call: Call) -> CollectiveTimeout:
         return CollectiveTimeout(
-            f"{call.name} over {self.name} did not end within the group's time-out of {call.timeout:g} s. A peer has "
+            f"{call.name} over {self.name} did not end within the group's timeout of {call.timeout:g} s. A peer has "
             "ended, is stuck, or makes its calls in another order."
         )
 
