@@ -43,6 +43,6 @@ def monitored_barrier(
     answer = store.get("answer")
     if answer != _ALL:
         raise CollectiveTimeout(
-            f"Rank {rank} timed out in monitoredBarrier: rank {answer.decode()} did not come within {timeout:g} s of rank "
-            "0's coming"
+            f"Rank {rank} timed out in monitoredBarrier: rank {answer.decode()} did not come within {timeout:g} s of "
+            "rank 0's coming"
         )
