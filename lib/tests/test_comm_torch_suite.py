@@ -56,6 +56,7 @@ def test_every_known_failure_is_a_test_with_a_reason():
     assert set(torch_suite.FOR_BACKENDS_BY_NAME) <= set(names)
 
 
+@pytest.mark.slow
 def test_a_failure_costs_neither_the_tests_before_nor_those_after_it():
     names = ["test_all_reduce_sum", "test_nothing_of_this_name", "test_all_reduce_sum_cuda", "test_barrier"]
     found = torch_suite.run_suite("gloo", names)
@@ -64,6 +65,7 @@ def test_a_failure_costs_neither_the_tests_before_nor_those_after_it():
     assert "test_nothing_of_this_name" in found["test_nothing_of_this_name"].detail
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_is_ended_and_the_next_one_runs():
     names = ["test_all_reduce_sum", "test_barrier"]
     found = torch_suite.run_suite("gloo", names, seconds=1e-4)  # too little for any test

@@ -176,8 +176,8 @@ def test_a_process_asleep_costs_little(two_cores):
         assert busy < seconds / 2, (seconds, busy)
 
 
-@pytest.mark.parametrize("numel", [100, 1 << 20])
-@pytest.mark.parametrize("user", [{}, {"CCL_WORKER_OFFLOAD": "0"}])
+@pytest.mark.parametrize("numel", [100, pytest.param(1 << 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("user", [{}, pytest.param({"CCL_WORKER_OFFLOAD": "0"}, marks=pytest.mark.slow)])
 def test_a_failure_in_the_library_is_an_error_and_not_the_end_of_the_process(two_cores, user, numel):
     """Ranks that bring different sizes: against the rules, and an error inside of the library."""
     outcomes = launch.run_outcomes(

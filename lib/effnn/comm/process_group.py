@@ -123,7 +123,7 @@ class LaneProcessGroup(NamedGroup):
             carried.append(reduction.carry(flat))
             return self._run_reduce(carried[0], root, reduction.operation)
 
-        if self._rank == root:
+        if self._rank == root and flat.numel():
             finish = then(restoring(reduction, carried, [flat]), finish)
         return self._issue("reduce", start, [tensor], finish, opts, flat)
 
