@@ -130,8 +130,9 @@ def live_bytes():
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        # by the exact type: what torch.export and torch.compile keep of earlier tests has no storage
-        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == "cpu":
+        # by the exact type: what torch.export and torch.compile keep of earlier tests has no storage, nor have sparse ones
+        plain = type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided
+        if plain and item.device.type == "cpu":
             found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return sum(found.values())
 
