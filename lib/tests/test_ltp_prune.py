@@ -13,6 +13,8 @@ from test_ltp_tune import rows_of
 from effnn import ltp
 from effnn.base import InvalidInput, Timing
 from effnn.ltp import Masks, Shape, latency_measure, tune_masks
+from effnn.ltp.adapters import adapter_for
+from effnn.ltp.held_out import dense_held_out_loss, held_out_loss
 
 BUILDERS = FAMILIES | {f"qa:{name}": builder for name, builder in QA_FAMILIES.items()}
 
@@ -125,12 +127,34 @@ def test_the_teacher_keeps_the_square_root_of_the_budget(monkeypatch):
     assert 0.5 < ratio <= 0.6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_the_dense_loss_on_held_out_rows_is_read_from_the_calibration_pass(family, labels):
+    """No layer of the dense model runs again for it, and it is the loss of a plain forward pass over these rows."""
+    model, batch = FAMILIES[family]()
+    loader = rows_of(batch, 7)
+    loader[-1] = {name: torch.cat([loader[0][name][:1], value[1:]]) for name, value in loader[-1].items()}
+    found = ltp.calibrate(model, loader, holdout=0.4, labels=labels)
+    plain = held_out_loss(model, found.held_out)
+    ran = []
+    last = adapter_for(model).layers(model)[-1]
+    with torch.no_grad():
+        handle = adapter_for(model).parts(last).out.register_forward_hook(lambda *_: ran.append(True))
+        assert dense_held_out_loss(model, found.held_out) == pytest.approx(plain, rel=1e-5)
+        handle.remove()
+    first_only = adapter_for(model).reads_first_token_only(model)
+    assert bool(ran) != first_only and "forward" not in vars(last)
+    if first_only:  # and it is what was kept that decides: a planted fault shows
+        found.held_out[0].first.neg_()
+        assert dense_held_out_loss(model, found.held_out) != pytest.approx(plain, rel=1e-3)
+
+
 def live_bytes():
     """Bytes of all tensors that Python holds, every storage counted once."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        # by the exact type: what torch.export and torch.compile keep of earlier tests has no storage, nor have sparse ones
+        # what earlier tests leave behind may have no storage: tensors of torch.export and torch.compile, sparse ones
         plain = type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided
         if plain and item.device.type == "cpu":
             found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()

@@ -2,10 +2,11 @@
 
 The head of a classifier takes position 0 of the last hidden states. Behind the attention core of the last layer the
 other positions then lead nowhere: their gradient is zero, so the calibration pass leaves them out, forward and
-backward. Only hooks are set; the model is not changed.
+backward. And position 0 of what the last layer puts out is all that the loss of the same rows needs later on. Nothing
+is set for longer than a block; the model is not changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -43,3 +44,24 @@ def first_token_only(adapter: Adapter, layer: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def layers_skipped(layers: Sequence[nn.Module], first: Tensor) -> Iterator[None]:
+    """Inside the block no layer computes anything: the last one puts out `first`, (B, 1, d), as it once did."""
+    before = [vars(layer).get("forward") for layer in layers]  # set where another library has wrapped it
+
+    def passed_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+    try:
+        for layer in layers:
+            layer.forward = passed_on
+        layers[-1].forward = lambda *args, **kwargs: first
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

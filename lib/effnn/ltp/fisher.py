@@ -25,7 +25,7 @@ from effnn.ltp.adapters import Adapter, adapter_for
 from effnn.ltp.batches import row_count, sequences_per_row, to_device
 from effnn.ltp.checks import check_model, checked_batches
 from effnn.ltp.first_token import first_token_only
-from effnn.ltp.held_out import KeptRows, LayerInput
+from effnn.ltp.held_out import HeldOut, KeptRows, LayerInput
 from effnn.ltp.losses import ChanceLoss, Loss, drawn_labels, label_counts, mean_loss
 from effnn.ltp.masks import Shape
 
@@ -49,7 +49,7 @@ class Calibration:
     rows with fisher="sample" (2048 rows of a BERT-base take 300 MB then). Batches without any label are left out of
     all of this. loss: mean loss over mini-batches. chance_loss: loss of the best constant predictor on the same labels,
     None where it is not known. mean_length: live tokens a sequence. inputs: one `LayerInput` a forward pass (empty
-    unless asked for). held_out_batches: what the loss is taken on for the held-out rows.
+    unless asked for). held_out: the held-out rows, for the loss on them.
     """
 
     head_gradients: Tensor
@@ -59,7 +59,12 @@ class Calibration:
     mean_length: float
     rows: int
     inputs: list[LayerInput] = field(default_factory=list)
-    held_out_batches: list[object] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+
+    @property
+    def held_out_batches(self) -> list[object]:
+        """The held-out rows as batches of the model's inputs."""
+        return [rows.batch for rows in self.held_out]
 
     @property
     def head_importance(self) -> Tensor:
@@ -112,6 +117,7 @@ def calibrate(
     heads, filters, losses = [], [], []
     kept = KeptRows(holdout)
     chance, tokens, sequences, rows = ChanceLoss(), 0, 0, 0
+    head_reads_first = loss is None and adapter.reads_first_token_only(model)
     with _frozen(model), _probes(model, adapter, collected) as anchor, _eager(model), ExitStack() as shortcut:
         for index, batch in enumerate(checked_batches(model, loader, labels, loss)[1]):
             size, where = row_count(batch), f"calibration batch {index}"
@@ -137,7 +143,7 @@ def calibrate(
             else:
                 head_rows, filter_rows = head_rows.sum(0, keepdim=True), filter_rows.sum(0, keepdim=True)
             alone = collected.first_only and collected.heads[-1] is not None
-            if alone and not losses and loss is None and adapter.reads_first_token_only(model):
+            if alone and head_reads_first and not losses:
                 # the first mini-batch ran whole and shows that the head is what its class says
                 shortcut.enter_context(first_token_only(adapter, adapter.layers(model)[-1]))
             heads.append(head_rows)
@@ -151,7 +157,8 @@ def calibrate(
             large = device.type == "cpu" and passes[0][0].nbytes * shape.layers >= LARGE
             if offload is not None:
                 passes = [(states.to("cpu", offload), mask, live) for states, mask, live in passes]
-            kept.add(batch, passes, keep_inputs, alone)
+            first = collected.first_state if alone and head_reads_first and autocast is None else None
+            kept.add(batch, passes, keep_inputs, alone, first)
             del value, passes
             collected.passes = []
             if large:
@@ -216,6 +223,7 @@ class _Collected:
 
     passes: hidden states and mask that enter the first layer, and live tokens, of every forward pass of the encoder.
     first_only: whether the loss depends on no other position of the last layer than position 0.
+    first_state: what the last layer put out there, (B, 1, d).
     """
 
     def __init__(self, shape: Shape):
@@ -225,11 +233,12 @@ class _Collected:
         self.passes: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.padding_mask: Tensor | None = None
         self.first_only = True
+        self.first_state: Tensor | None = None
 
     def start(self) -> None:
         self.heads = [None] * self.shape.layers
         self.filters = [None] * self.shape.layers
-        self.passes, self.padding_mask, self.first_only = [], None, True
+        self.passes, self.padding_mask, self.first_only, self.first_state = [], None, True, None
 
     def enter(self, states: Tensor, mask: Tensor | None) -> None:
         """A forward pass begins: what enters the first layer."""
@@ -321,10 +330,15 @@ def _probes(model: PreTrainedModel, adapter: Adapter, collected: _Collected) -> 
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         collected.enter(states, mask)
 
+    def keep_first_state(module: nn.Module, args: tuple, output: Tensor) -> None:
+        # a family of one's own may put out a tuple; its layers are run again for the held-out loss
+        collected.first_state = output[:, :1].detach() if isinstance(output, Tensor) else None
+
     layers = adapter.layers(model)
     handles = [
         encoder.register_forward_pre_hook(keep_padding_mask, with_kwargs=True),
         layers[0].register_forward_pre_hook(keep_first_input, with_kwargs=True),
+        layers[-1].register_forward_hook(keep_first_state),
     ]
     try:
         for index, layer in enumerate(layers):

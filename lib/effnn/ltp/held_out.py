@@ -6,13 +6,16 @@ nobody can say which sequence belongs to which row, and batches are held out who
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from effnn.ltp.adapters import adapter_for
 from effnn.ltp.batches import row_count, row_keys, sequences_per_row, take
+from effnn.ltp.first_token import layers_skipped
 from effnn.ltp.losses import Loss, label_counts, mean_loss
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,16 @@ class LayerInput:
     first_only: bool = False
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows of one mini-batch. first: (rows, 1, d), what the dense model's last layer puts out at position 0,
+    where that decides the loss; else None.
+    """
+
+    batch: object
+    first: Tensor | None = None
+
+
 class KeptRows:
     """What is kept of every mini-batch: the first layer's inputs, and the held-out rows at its end.
 
@@ -44,11 +57,22 @@ class KeptRows:
     def __init__(self, holdout: float):
         self.holdout, self.owed, self.fitted = holdout, 0.0, 0
         self.inputs: list[LayerInput] = []
-        self.held_out: list[tuple[object, list[object], list[Tensor]]] = []
+        self.held_out: list[tuple[HeldOut, list[object], list[Tensor]]] = []
         self.seen: set[object] = set()
 
-    def add(self, batch: object, passes: list[tuple[Tensor, Tensor | None, Tensor]], keep: bool, first_only: bool):
-        """Add a batch. passes: states, mask and live tokens of every forward pass over it. keep: the states as well."""
+    def add(
+        self,
+        batch: object,
+        passes: list[tuple[Tensor, Tensor | None, Tensor]],
+        keep: bool,
+        first_only: bool,
+        first: Tensor | None,
+    ) -> None:
+        """Add a batch.
+
+        passes: states, mask and live tokens of every forward pass over it. keep: the states as well.
+        first_only: whether the loss reads position 0 of the last layer alone. first: see `HeldOut`, of all rows.
+        """
         size, sequences = row_count(batch), sequences_per_row(batch)
         aligned = all(len(states) == size * sequences for states, _, _ in passes)
         self.owed += self.holdout * size
@@ -71,31 +95,45 @@ class KeptRows:
         if count:
             last = take(batch, list(range(size - count, size)))
             rows = [live.unflatten(0, (count, -1)) if aligned else live[None] for live in kept_live]
-            self.held_out.append((last, keys[size - count :], rows))
+            first = None if first is None else first[size - count :].clone()
+            self.held_out.append((HeldOut(last, first), keys[size - count :], rows))
 
-    def result(self) -> tuple[list[LayerInput], list[object]]:
-        """The first layer's inputs, and the batches of held-out rows."""
+    def result(self) -> tuple[list[LayerInput], list[HeldOut]]:
+        """The first layer's inputs, and the held-out rows."""
         batches = []
-        for batch, keys, passes in self.held_out:
+        for held, keys, passes in self.held_out:
             fresh = [row for row, key in enumerate(keys) if key not in self.seen]
             for live in passes:  # views into the LayerInputs
                 if len(live) == len(keys):
                     live[[row for row, key in enumerate(keys) if key in self.seen]] = False
                 elif not fresh:
                     live[:] = False
-            if fresh:
-                batches.append(batch if len(fresh) == len(keys) else take(batch, fresh))
+            if len(fresh) == len(keys):
+                batches.append(held)
+            elif fresh:
+                batches.append(HeldOut(take(held.batch, fresh), None if held.first is None else held.first[fresh]))
         if self.holdout and self.inputs and not batches:
             log.warning("no row could be held out: tuning is judged on the rows that it is fitted to")
         return self.inputs, batches
 
 
-def held_out_loss(model: PreTrainedModel, batches: list[object], loss: Loss | None = None) -> float | None:
-    """Mean loss a label of `model` over these batches; None if they hold no label."""
+def held_out_loss(model: PreTrainedModel, rows: list[HeldOut], loss: Loss | None = None) -> float | None:
+    """Mean loss a label of `model` over these rows; None if they hold no label."""
+    return _mean_loss(model, [(held.batch, None) for held in rows], loss)
+
+
+def dense_held_out_loss(model: PreTrainedModel, rows: list[HeldOut], loss: Loss | None = None) -> float | None:
+    """`held_out_loss` of the model that the rows were calibrated with; its layers run only where that is needed."""
+    return _mean_loss(model, [(held.batch, held.first) for held in rows], loss)
+
+
+def _mean_loss(model: PreTrainedModel, rows: list[tuple[object, Tensor | None]], loss: Loss | None) -> float | None:
     total = labels = 0
     with torch.no_grad():
-        for batch in batches:
+        for batch, first in rows:
             if count := int(label_counts(model, batch, row_count(batch)).sum()):
-                total += float(mean_loss(model, batch, loss, "the held-out rows")) * count
+                known = nullcontext() if first is None else layers_skipped(adapter_for(model).layers(model), first)
+                with known:
+                    total += float(mean_loss(model, batch, loss, "the held-out rows")) * count
                 labels += count
     return total / labels if labels else None

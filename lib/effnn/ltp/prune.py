@@ -27,7 +27,7 @@ from effnn.ltp.adapters import adapter_for
 from effnn.ltp.checks import check_model, check_rebuilt, checked_batches, rebuilt
 from effnn.ltp.export import export_padded
 from effnn.ltp.fisher import Calibration, calibrate
-from effnn.ltp.held_out import held_out_loss
+from effnn.ltp.held_out import dense_held_out_loss, held_out_loss
 from effnn.ltp.latency import search_latency
 from effnn.ltp.latency_plan import Attempt, Plan, measure_pair, measured_ratio, plan_latency
 from effnn.ltp.latency_table import Latency, LatencyTable
@@ -209,11 +209,11 @@ def prune(
         budget = _Budget(shape, target, calibration, table, round_to)
 
         def held(masks: Masks) -> float | None:
-            if not calibration.held_out_batches:
+            if not calibration.held_out:
                 return None
-            return held_out_loss(shrink(model, masks, share=True), calibration.held_out_batches, loss)
+            return held_out_loss(shrink(model, masks, share=True), calibration.held_out, loss)
 
-        dense_loss = held_out_loss(model, calibration.held_out_batches, loss)
+        dense_loss = dense_held_out_loss(model, calibration.held_out, loss)
         stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
 
         bar.set_description("search")
