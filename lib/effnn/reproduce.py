@@ -29,7 +29,7 @@ from effnn.runner import (
     stale_because,
     write_mark,
 )
-from effnn.runner.inputs import mark_path
+from effnn.runner.staleness import mark_path
 
 QUIET_CELL = 20.0  # Seconds; where no bar can be drawn, only a cell that takes longer is worth a line.
 

@@ -77,7 +77,7 @@ def init_process_group(
                 raise NotAvailable(f"{backend}: {reason}")
         ours = ours or name == "mpi4py" or (name == "ccl" and ccl_provider() == "effnn")
     if backend == "mpi4py" and init_method is None and "MASTER_ADDR" not in os.environ:
-        from effnn.comm import mpi
+        from effnn.comm.groups import mpi
 
         rank, world_size = mpi.rank_and_size()
         options["store"] = mpi.shared_store(timeout)
@@ -130,13 +130,13 @@ def import_intels_bindings() -> bool:
 
 
 def _oneccl_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    from effnn.comm.oneccl import OneCCLProcessGroup
+    from effnn.comm.groups.oneccl import OneCCLProcessGroup
 
     return OneCCLProcessGroup(store, rank, size, _timeout(timeout))
 
 
 def _mpi4py_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    from effnn.comm.mpi import MPIProcessGroup
+    from effnn.comm.groups.mpi import MPIProcessGroup
 
     return MPIProcessGroup(store, rank, size, _timeout(timeout))
 
@@ -174,7 +174,7 @@ def _no_mpi() -> str | None:
 
 
 def _no_mpi4py() -> str | None:
-    from effnn.comm import mpi
+    from effnn.comm.groups import mpi
 
     return mpi.unavailable()
 
@@ -182,7 +182,7 @@ def _no_mpi4py() -> str | None:
 def _no_ccl() -> str | None:
     if ccl_provider() not in (None, "effnn"):
         return None
-    from effnn.comm import oneccl_library
+    from effnn.comm.groups import oneccl_library
 
     return oneccl_library.unavailable()
 

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from effnn.base import EffnnError, InvalidInput, NotAvailable
-from effnn.comm import backends, launch, matrix, operations
+from effnn.comm import backends, launch
+from effnn.comm.probing import matrix, operations
 
 SECONDS = 30.0  # until a call that cannot complete is an error; what works takes about one second in all
 RANKS = 2  # of a check that starts its processes itself

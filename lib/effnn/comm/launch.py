@@ -1,6 +1,6 @@
 """Start a function in several real processes, one a rank, and bring back what each returned.
 
-Every rank is a process of its own (`effnn.comm.worker`) with a process group of torch.distributed around the call. The
+Every rank is a process of its own (launching/worker.py) with a process group of torch.distributed around the call. The
 ranks meet through a file in a private folder, so no port is chosen and launches side by side cannot clash. This starts
 ranks on one machine, also in several network namespaces of it; across machines the same functions run under torchrun
 or mpiexec.
@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effnn.base import EffnnError, InvalidInput, NotAvailable
-from effnn.comm import mpi, worker
-from effnn.comm.network import Node
-from effnn.comm.ranks import POLL, MpiRanks, Output, Ranks
-from effnn.comm.worker import Job, Report
+from effnn.comm.emulation.network import Node
+from effnn.comm.groups import mpi
+from effnn.comm.launching import worker
+from effnn.comm.launching.ranks import POLL, MpiRanks, Output, Ranks
+from effnn.comm.launching.worker import Job, Report
 
 LINGER = 5.0  # seconds that a rank has to end once every rank has its result
 TERMINATE = 2.0  # seconds between SIGTERM and SIGKILL

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from effnn import paths
 from effnn.base import EffnnError
-from effnn.data import corpus_download, text
+from effnn.data import text
+from effnn.data.corpus import download as corpus_download
 
 WHAT = ("text", "corpus", *corpus_download.DOWNLOADS)
 

@@ -19,8 +19,10 @@ import pandas as pd
 
 from effnn import paths
 from effnn.base import EffnnError, InvalidInput, write_json
-from effnn.experiments import bench_comm, bench_ltp, bench_staged
-from effnn.experiments.bench_result import Measured
+from effnn.experiments.backends import bench as bench_comm
+from effnn.experiments.pruning import bench as bench_ltp
+from effnn.experiments.shared.measured import Measured
+from effnn.experiments.staged import bench as bench_staged
 from effnn.report import Rule, bench_table, provenance, write_claims
 
 log = logging.getLogger(__name__)

@@ -8,19 +8,19 @@
 Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", NeurIPS 2022. README.md is the method card.
 """
 
-from effnn.ltp.adapters import Adapter, LayerParts, adapter_for, register_adapter
-from effnn.ltp.export import export_padded
-from effnn.ltp.fisher import Calibration, calibrate
-from effnn.ltp.latency import search_latency
-from effnn.ltp.latency_measure import compare_latency, measure_latency
-from effnn.ltp.latency_table import Latency, LatencyTable
-from effnn.ltp.macs import MacCost, Macs, search_macs
-from effnn.ltp.masks import BudgetTooSmall, Masks, Shape, masked
-from effnn.ltp.prune import LatencyCheck, PruneReport, PruneResult, Stage, prune
-from effnn.ltp.pruned_models import load_pruned, register_pruned
-from effnn.ltp.rearrange import quadratic_loss, rearrange
-from effnn.ltp.shrink import pad, shrink
-from effnn.ltp.tune import LayerTuning, tune_masks
+from effnn.ltp.pruning.adapters import Adapter, LayerParts, adapter_for, register_adapter
+from effnn.ltp.pruning.calibration.calibrate import Calibration, calibrate
+from effnn.ltp.pruning.latency.measure import compare_latency, measure_latency
+from effnn.ltp.pruning.latency.search import search_latency
+from effnn.ltp.pruning.latency.table import Latency, LatencyTable
+from effnn.ltp.pruning.macs import MacCost, Macs, search_macs
+from effnn.ltp.pruning.masks import BudgetTooSmall, Masks, Shape, masked
+from effnn.ltp.pruning.prune import LatencyCheck, PruneReport, PruneResult, Stage, prune
+from effnn.ltp.pruning.rearrange import quadratic_loss, rearrange
+from effnn.ltp.pruning.shrinking.export import export_padded
+from effnn.ltp.pruning.shrinking.models import load_pruned, register_pruned
+from effnn.ltp.pruning.shrinking.shrink import pad, shrink
+from effnn.ltp.pruning.tune import LayerTuning, tune_masks
 
 __all__ = [
     "Adapter",

@@ -11,17 +11,16 @@
 Shen et al., "Staged Training for Transformer Language Models", 2022, arXiv 2203.06211.
 """
 
-from effnn.staged.clipping import clip_grad_norm_, gradient_norm
-from effnn.staged.curves import KAPLAN, Curve, LawFit, LossLaw, fit_loss_law
-from effnn.staged.depth import INITS, ORDERS
-from effnn.staged.flops import CONVENTIONS, Shape, compute_saving, staged_flops, training_flops
-from effnn.staged.grow import Grown, evaluate_loss, grow
-from effnn.staged.learning_rate import REWARM_STEPS, Rewarmed, WarmupStableDecay, peak_learning_rate
-from effnn.staged.optimizer import MOMENTS, WIDTH_RULES
-from effnn.staged.paths import PATHS, PlannedStage, Schedule, best_schedules
-from effnn.staged.record import GrowthRecord, history, total_width
-from effnn.staged.saving import load_optimizer, save_optimizer
-from effnn.staged.schedule import (
+from effnn.staged.growth.depth import INITS, ORDERS
+from effnn.staged.growth.grow import Grown, evaluate_loss, grow
+from effnn.staged.growth.optimizer import MOMENTS, WIDTH_RULES
+from effnn.staged.growth.record import GrowthRecord, history, total_width
+from effnn.staged.growth.sizes import factors
+from effnn.staged.planning.curves import KAPLAN, Curve, LawFit, LossLaw, fit_loss_law
+from effnn.staged.planning.flops import CONVENTIONS, Shape, compute_saving, staged_flops, training_flops
+from effnn.staged.planning.growth_paths import PATHS, PlannedStage, Schedule, best_schedules
+from effnn.staged.planning.learning_rate import REWARM_STEPS, Rewarmed, WarmupStableDecay, peak_learning_rate
+from effnn.staged.planning.projection import (
     RHOS,
     BestProjection,
     Projection,
@@ -31,8 +30,7 @@ from effnn.staged.schedule import (
     project,
     target_step,
 )
-from effnn.staged.sizes import factors
-from effnn.staged.slope import (
+from effnn.staged.planning.slope import (
     TAU_OPT,
     TAUS,
     authors_crossing,
@@ -42,8 +40,10 @@ from effnn.staged.slope import (
     local_slope,
     stopping_tau,
 )
-from effnn.staged.state import PRECISIONS, Diverged, Point, Recipe, Stage, TrainState
-from effnn.staged.train import train
+from effnn.staged.training.checkpoints.optimizer_file import load_optimizer, save_optimizer
+from effnn.staged.training.clipping import clip_grad_norm_, gradient_norm
+from effnn.staged.training.state import PRECISIONS, Diverged, Point, Recipe, Stage, TrainState
+from effnn.staged.training.train import train
 
 __all__ = [
     "PRECISIONS",

@@ -1,0 +1,1 @@
+"""What happens with tensors in front of and behind a collective: layout, reductions, pieces, sparse ones."""

@@ -1,0 +1,1 @@
+"""Every collective of torch.distributed, run on every backend, and timed."""

@@ -1,0 +1,1 @@
+"""Notebook 06: the support matrix of the backends and their times."""

@@ -1,0 +1,1 @@
+"""Notebook 01: post-training pruning of text and image encoders."""

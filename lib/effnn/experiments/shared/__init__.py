@@ -1,0 +1,1 @@
+"""What the experiments of several notebooks need: training, worker processes, measured ratios."""

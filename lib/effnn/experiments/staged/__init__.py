@@ -1,0 +1,1 @@
+"""Notebook 03: staged training of GPT-2."""

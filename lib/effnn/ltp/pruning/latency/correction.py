@@ -1,0 +1,113 @@
+"""From a latency budget to masks that keep it when measured: the table plans, the assembled model decides.
+
+A table adds up blocks; on a real machine a model is not quite the sum of its blocks. So the candidate that the table
+proposes is assembled and measured in turn with the dense model. If it is over the budget, the search is repeated with
+the table corrected: all that it says of pruned models is raised by what the measurement found, which is the same as
+planning for a smaller ratio. This happens a bounded number of times, whatever the clock says; how much each step may
+take off is bounded, too, so that one bad measurement on a busy machine does not empty the model. Every attempt is
+reported.
+"""
+
+import logging
+import statistics
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from effnn.base import InvalidInput, Timing
+from effnn.ltp.pruning.latency.measure import compare_latency
+from effnn.ltp.pruning.latency.search import search_latency
+from effnn.ltp.pruning.latency.table import Latency, LatencyTable
+from effnn.ltp.pruning.macs import Macs
+from effnn.ltp.pruning.masks import Masks
+from effnn.ltp.pruning.shrinking.shrink import shrink
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01
+"""A measured ratio this share above the budget still counts as kept: closer than that no median of a few runs is."""
+
+LARGEST_CORRECTION = 0.8
+"""A step of correction plans for no less than this share of the ratio before."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Shares of the dense latency: what was planned for, what the table predicted, and what was measured in turn."""
+
+    planned: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """masks: binary. target: with the ratio that was planned for in the end. attempts: empty without corrections.
+
+    A target in MACs is exact and has no attempts.
+    """
+
+    masks: Masks
+    target: Macs | Latency
+    attempts: tuple[Attempt, ...]
+
+
+def plan_latency(
+    model: PreTrainedModel,
+    head_importance: Tensor,
+    filter_importance: Tensor,
+    table: LatencyTable,
+    target: Latency,
+    round_to: int = 1,
+) -> Plan:
+    """Masks of the greatest importance (`search_latency`) of which the assembled model keeps the budget when measured.
+
+    Corrects `target.corrections` times at most; if no attempt keeps the budget, the nearest one is taken, with a
+    warning. corrections=0 takes the table at its word and measures nothing. Raises InvalidInput where the table allows
+    no choice within the budget.
+    """
+    planned = target
+    masks = search_latency(head_importance, filter_importance, table, planned, round_to)
+    tried: list[tuple[Attempt, Masks, Latency]] = []
+    while target.corrections > 0:
+        predicted = table.predict(masks) / table.dense_prediction(len(masks.heads))
+        attempt = Attempt(planned.ratio, predicted, measured_ratio(measure_pair(model, masks, target)))
+        tried.append((attempt, masks, planned))
+        if attempt.measured <= (1 + TOLERANCE) * target.ratio or len(tried) > target.corrections:
+            break
+        planned = replace(planned, ratio=planned.ratio * max(target.ratio / attempt.measured, LARGEST_CORRECTION))
+        try:
+            masks = search_latency(head_importance, filter_importance, table, planned, round_to)
+        except InvalidInput:  # by the table nothing is faster
+            break
+    if not tried:
+        return Plan(masks, planned, ())
+    # the last one is within the budget, or none is
+    attempt, masks, planned = min(tried, key=lambda one: one[0].measured)
+    if attempt.measured > (1 + TOLERANCE) * target.ratio:
+        log.warning(
+            "the pruned model was measured at %.3f of the dense latency, over the budget of %.3f, after %d attempts",
+            attempt.measured,
+            target.ratio,
+            len(tried),
+        )
+    return Plan(masks, planned, tuple(one for one, _, _ in tried))
+
+
+def measure_pair(model: PreTrainedModel, masks: Masks, target: Latency) -> dict[str, Timing]:
+    """Seconds of the dense ("dense") and of the pruned ("pruned") model, in turn, under the target's inputs."""
+    models = {"dense": model, "pruned": shrink(model, masks)}
+    return compare_latency(
+        models, target.batch, target.seq_len, target.device, target.repeats, dtype=target.torch_dtype()
+    )
+
+
+def measured_ratio(times: dict[str, Timing]) -> float:
+    """Median over the rounds of pruned / dense; rounds in which the clock stood still for the dense model do not count.
+
+    1.0 where none counts: then nothing was found out.
+    """
+    pairs = zip(times["pruned"].seconds, times["dense"].seconds, strict=True)
+    ratios = [pruned / dense for pruned, dense in pairs if dense > 0]
+    return statistics.median(ratios) if ratios else 1.0

@@ -1,0 +1,246 @@
+"""The latency target, and the table that predicts a pruned model's latency (ltp.md A.4; Kwon et al. 2022).
+
+A table holds the milliseconds of one layer's attention block for every number of heads and of its FFN block for every
+number of filters, and of everything outside the layers. Layers of an encoder are alike, so one pair of columns serves
+all. Predictions add up: whether that holds is for `compare_latency` to show on the assembled model. A table belongs to
+one device, dtype, batch and length; nothing here extrapolates from one to another.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from effnn.base import InvalidInput, write_json
+from effnn.ltp.pruning.latency.blocks import measure_blocks
+from effnn.ltp.pruning.latency.measure import check_device, placed_copy
+from effnn.ltp.pruning.masks import Masks
+
+_FORMAT = 1
+_LEAST_MS = 1e-6
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Target: a latency of at most `ratio` of the dense model's, everything outside the layers included.
+
+    The search plans by a table of measured blocks; `prune` then measures what it planned (`latency_plan`).
+
+    ratio: in (0, 1]. batch, seq_len: of the deployed model's inputs (a vision encoder's length is its own).
+    device, dtype: where and in what it will run; None takes the model's. dtype: torch's or its name ("bfloat16").
+    latency_model: "table" searches the measured table itself, "piecewise" the paper's fit to it. grid: filters are
+    timed at multiples of it, which the search prefers where they are faster, and at some numbers between. repeats:
+    timed runs, of which the median counts. corrections: how often the search may be repeated where the assembled model,
+    measured in turn with the dense one, is over the budget; 0 takes the table at its word. min_heads, min_filters: kept
+    in every layer whatever their importance.
+    """
+
+    ratio: float
+    batch: int = 32
+    seq_len: int = 128
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    latency_model: str = "table"
+    grid: int = 32
+    repeats: int = 11
+    corrections: int = 3
+    min_heads: int = 0
+    min_filters: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise InvalidInput(f"Latency(ratio={self.ratio}): expected a number above 0 and at most 1, such as 0.6")
+        for name in ("batch", "seq_len", "grid", "repeats"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 1")
+        for name in ("corrections", "min_heads", "min_filters"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 0")
+        if self.latency_model not in ("table", "piecewise"):
+            raise InvalidInput(f'Latency(latency_model={self.latency_model!r}): expected "table" or "piecewise"')
+        self.torch_dtype()
+
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype as torch's."""
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if (self.dtype is not None and not isinstance(dtype, torch.dtype)) or (dtype and not dtype.is_floating_point):
+            raise InvalidInput(
+                f"Latency(dtype={self.dtype!r}): expected None or a floating type such as torch.bfloat16"
+            )
+        return dtype
+
+    def relaxed(self) -> "Latency":
+        """The teacher's target in mask tuning: the square root of the ratio (A.6)."""
+        return replace(self, ratio=math.sqrt(self.ratio))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of the blocks of a layer by what they keep, and of the rest of the model.
+
+    head_ms: (H + 1,), filter_ms: (F + 1,): attention and FFN block, residual sum and normalisations included, with
+    0, 1, ... heads or filters kept. rest_ms: everything outside the layers. head_points, filter_points: the measured
+    (count, median ms) before they were made monotone. dense_ms: the dense model measured in the same run, or None.
+    batch, seq_len, device, dtype: what the table was measured with; None for a table from values.
+    """
+
+    head_ms: tuple[float, ...] = field(repr=False)
+    filter_ms: tuple[float, ...] = field(repr=False)
+    rest_ms: float = 0.0
+    head_points: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    filter_points: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    dense_ms: float | None = None
+    batch: int | None = None
+    seq_len: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("head_ms", "filter_ms"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) < 2 or not all(math.isfinite(value) and value >= 0 for value in values):
+                raise InvalidInput(f"LatencyTable.{name}: expected the ms, finite and at least 0, of 0, 1, ... units")
+            object.__setattr__(self, name, values)
+        if not (math.isfinite(self.rest_ms) and self.rest_ms >= 0):
+            raise InvalidInput(f"LatencyTable.rest_ms={self.rest_ms}: expected a finite number of at least 0")
+        if self.head_ms[-1] + self.filter_ms[-1] + self.rest_ms <= 0:
+            raise InvalidInput("LatencyTable: the dense model takes no time; expected ms above 0")
+
+    @classmethod
+    def from_values(
+        cls, head_ms: Sequence[float], filter_ms: Sequence[float], rest_ms: float = 0.0, **fields: object
+    ) -> "LatencyTable":
+        """A table of given ms for 0, 1, ... heads and 0, 1, ... filters; they need not rise."""
+        return cls(tuple(head_ms), tuple(filter_ms), float(rest_ms), **fields)
+
+    @classmethod
+    def measure(cls, model: PreTrainedModel, target: Latency, progress: bool = True) -> "LatencyTable":
+        """The table of `model` under `target`; how the blocks are timed is told in `latency_blocks`.
+
+        Measured points are made non-decreasing (isotonic regression) and joined by straight lines, whatever the clock
+        says; of filters, the multiples of the grid by themselves and the numbers between them by themselves, as the
+        latter take longer. Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that
+        is not here.
+        """
+        placed = placed_copy(model, check_device(target.device), target.torch_dtype())
+        times = measure_blocks(placed, target.batch, target.seq_len, target.grid, target.repeats, progress)
+        on_gpu = placed.device.type == "cuda"
+        return cls(
+            head_ms=_interpolated(times.heads),
+            filter_ms=_tiled(times.filters, target.grid) if any(times.filters.values()) else _even(times.filters),
+            rest_ms=times.rest_ms,
+            head_points=tuple(times.heads.items()),
+            filter_points=tuple(times.filters.items()),
+            dense_ms=times.dense_ms,
+            batch=target.batch,
+            seq_len=target.seq_len,
+            device=placed.device.type,
+            dtype=str(placed.dtype).removeprefix("torch."),
+            provenance={
+                "model_type": placed.config.model_type,
+                "attention": placed.config._attn_implementation,
+                "processor": torch.cuda.get_device_name(placed.device) if on_gpu else platform.processor(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "grid": target.grid,
+                "repeats": target.repeats,
+            },
+        )
+
+    def predict(self, masks: Masks) -> float:
+        """Ms of the model pruned by `masks`."""
+        return self.predict_counts(masks.heads_per_layer, masks.filters_per_layer)
+
+    def predict_counts(self, heads: Sequence[int], filters: Sequence[int]) -> float:
+        """Ms of a model whose layers keep these numbers of heads and filters."""
+        blocks = [self.head_ms[count] for count in heads] + [self.filter_ms[count] for count in filters]
+        return self.rest_ms + math.fsum(blocks)
+
+    def dense_prediction(self, layers: int) -> float:
+        """Ms predicted for the dense model of `layers` layers: what ratios refer to."""
+        return self.predict_counts([len(self.head_ms) - 1] * layers, [len(self.filter_ms) - 1] * layers)
+
+    def check(self, target: Latency, model: PreTrainedModel | None = None) -> None:
+        """InvalidInput if the table was measured for other inputs, another device type or dtype than the target's.
+
+        What the target leaves open is the model's, where one is given.
+        """
+        wanted = {"batch": target.batch, "seq_len": target.seq_len}
+        device, dtype = target.device or (model and model.device), target.torch_dtype() or (model and model.dtype)
+        if device is not None:
+            wanted["device"] = torch.device(device).type
+        if dtype is not None:
+            wanted["dtype"] = str(dtype).removeprefix("torch.")
+        for name, value in wanted.items():
+            if getattr(self, name) not in (None, value):
+                raise InvalidInput(
+                    f"the latency table was measured with {name}={getattr(self, name)!r}, the target says {value!r}: "
+                    "measure a table for the target (LatencyTable.measure)"
+                )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as JSON, atomically; returns the path."""
+        return write_json(path, {"format": _FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatencyTable":
+        """Read a table that `save` wrote; InvalidInput if the file is none."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values.pop("format") != _FORMAT:
+                raise InvalidInput(f"{path}: a latency table of another format; measure it anew")
+            for name in ("head_points", "filter_points"):
+                values[name] = tuple((int(count), float(ms)) for count, ms in values[name])
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(
+                f"{path}: not a latency table ({error}); expected a file of LatencyTable.save"
+            ) from error
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []  # mean and size
+    for value in values:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] >= mean:
+            before, count = pools.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
+
+
+def _even(points: dict[int, float]) -> tuple[float, ...]:
+    """Where the clock stood still: units that all cost the same."""
+    return tuple(_LEAST_MS * count for count in range(max(points) + 1))
+
+
+def _tiled(points: dict[int, float], grid: int) -> tuple[float, ...]:
+    """Ms of 0, 1, ... filters: multiples of the grid (and all filters) on one curve, the others on a second one."""
+    most = max(points)
+    aligned = {count: ms for count, ms in points.items() if count % grid == 0 or count == most}
+    others = {count: ms for count, ms in points.items() if count not in aligned}
+    values = list(_interpolated(aligned))
+    if others:
+        rough = _interpolated(others | {0: 0.0})  # 0 belongs to the first curve; here it only begins the range
+        values[: len(rough)] = [
+            ms if count % grid == 0 else rough[count] for count, ms in enumerate(values[: len(rough)])
+        ]
+    return tuple(values)
+
+
+def _interpolated(points: dict[int, float]) -> tuple[float, ...]:
+    counts = sorted(points)
+    levels = isotonic([points[count] for count in counts])
+    values = [levels[0]]
+    for left, right, low, high in zip(counts, counts[1:], levels, levels[1:], strict=False):
+        values += [low + (high - low) * step / (right - left) for step in range(1, right - left + 1)]
+    return tuple(values)

@@ -1,0 +1,1 @@
+"""From masks to a really smaller model: cut, saved, loaded, exported."""

@@ -1,0 +1,1 @@
+"""When to grow: loss curves, compute, slopes."""

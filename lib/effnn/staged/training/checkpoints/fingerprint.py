@@ -1,0 +1,143 @@
+"""What makes a run the same run, as named short texts that can be compared: all that decides its curve.
+
+That is the start (configuration, weights, frozen ones, settings on the modules, gradient checkpointing, the optimizer's
+groups and moments, the position), the stages, the recipe and the tokens. A checkpoint carries it, and a run goes on
+only where all of it agrees. A schedule is compared by its values, so that a lambda will do and nothing is ever
+unpickled. Not part of it: where checkpoints are made, how many are kept, train or eval mode (training sets it), hooks
+(a run has none), and how a batch is cut into micro-batches (which changes rounding alone), so that a run that was out
+of memory goes on with smaller ones.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from effnn.staged.growth.optimizer import names_by_group
+from effnn.staged.growth.settings import changed_settings, checkpointing_arguments, skeleton
+from effnn.staged.training.batches import Tokens, checked_tokens
+from effnn.staged.training.state import Recipe, Stage, TrainState
+
+WHOLE = 2**26
+"""Token arrays up to this length are hashed whole, longer ones by this many tokens in 64 places."""
+
+_WRITTEN_BY_SAVING = ("transformers_version", "architectures", "dtype", "_name_or_path")
+"""What a configuration gains when its model is saved and loaded, so that a loaded state is still the same start."""
+_NOT_OF_THE_RUN = ("schedule", "checkpoint_every", "keep", "micro_batch")
+_POSITION = ("step", "position", "rewarm", "stage", "tokens", "flops", "flops_full", "loss_sum", "loss_count")
+
+
+def fingerprint(
+    start: GPT2Config | GPT2LMHeadModel | TrainState,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    train_tokens: object,
+    validation_tokens: object,
+) -> dict[str, str]:
+    """Name of an ingredient -> what it is, what a reader would look at first in front. Tensors are hashed whole."""
+    model = skeleton(start) if isinstance(start, GPT2Config) else getattr(start, "model", start)
+    furthest = sum(stage.steps for stage in stages) + max(stage.entry or 0 for stage in stages)
+    furthest += start.position if isinstance(start, TrainState) else 0
+    found = {"start": f"a {type(start).__name__}"} | _config(model)
+    found |= {f"stage {number}": repr(stage) for number, stage in enumerate(stages)} | {"stages": str(len(stages))}
+    settings = {field.name: repr(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    found |= {name: text for name, text in settings.items() if name not in _NOT_OF_THE_RUN}
+    found["schedule"] = _schedule(recipe.schedule, furthest)
+    found["training tokens"] = _tokens(checked_tokens(train_tokens, recipe.context, "training"))
+    found["validation tokens"] = _tokens(checked_tokens(validation_tokens, recipe.context, "validation"))
+    if not isinstance(start, GPT2Config):
+        found |= _modules(model)
+        if isinstance(start, TrainState):
+            found |= _groups(model, start.optimizer) | _position(start)
+        found |= {f"weights of {name}": _hash(parameter) for name, parameter in model.named_parameters()}
+        if isinstance(start, TrainState):
+            found |= _moments(model, start.optimizer)
+    return found
+
+
+def _config(model: GPT2LMHeadModel) -> dict[str, str]:
+    values = {key: value for key, value in model.config.to_dict().items() if key not in _WRITTEN_BY_SAVING}
+    texts = {f"start's {key}": json.dumps(value, sort_keys=True, default=str) for key, value in sorted(values.items())}
+    return {name: _short(text) for name, text in texts.items()} | {
+        "start's class": type(model).__name__,
+        "attention implementation": str(model.config._attn_implementation),
+    }
+
+
+def _modules(model: GPT2LMHeadModel) -> dict[str, str]:
+    """What is set on the modules: dropout rates and the like, recomputation of activations, frozen weights."""
+    found = {f"setting {name}.{key}": repr(value) for (name, key), value in changed_settings(model).items()}
+    found |= {f"checkpointing of {name}": text for name, text in checkpointing_arguments(model).items()}
+    return found | {f"training of {name}": "frozen" for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def _groups(model: GPT2LMHeadModel, optimizer: AdamW) -> dict[str, str]:
+    """Settings and members of every group; its rate is the peak, since the schedule sets the one in force."""
+    found = {"optimizer groups": str(len(optimizer.param_groups))}
+    for number, (group, names) in enumerate(zip(optimizer.param_groups, names_by_group(model, optimizer), strict=True)):
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
+        settings["peak rate"] = float(settings.pop("initial_lr", group["lr"]))
+        found |= {f"group {number} {key}": _setting(value) for key, value in sorted(settings.items())}
+        found[f"group {number} parameters"] = f"{len(names)} parameters {_digest([json.dumps(names).encode()])}"
+    return found
+
+
+def _setting(value: object) -> str:
+    return repr(tuple(value) if isinstance(value, list) else value)
+
+
+def _position(state: TrainState) -> dict[str, str]:
+    points = [dataclasses.replace(point, seconds=0.0) for point in state.points]
+    return {f"start's {name}": repr(getattr(state, name)) for name in _POSITION} | {
+        "start's peak rate": repr(state.learning_rate),
+        "start's curve": f"{len(points)} points {_digest([repr(points).encode()])}",
+    }
+
+
+def _moments(model: GPT2LMHeadModel, optimizer: AdamW) -> dict[str, str]:
+    found, states = {}, optimizer.state
+    for name, parameter in model.named_parameters():
+        for key, value in states[parameter].items() if parameter in states else ():
+            found[f"{key} of {name}"] = str(float(value)) if key == "step" else _hash(value)
+    return found
+
+
+def _schedule(schedule: Callable[[int], float], furthest: int) -> str:
+    if dataclasses.is_dataclass(schedule) and "0x" not in repr(schedule):
+        return repr(schedule)
+    positions = sorted({furthest * i // 1024 for i in range(1025)})
+    return f"values {_digest([repr([float(schedule(position)) for position in positions]).encode()])}"
+
+
+def _tokens(tokens: Tokens) -> str:
+    """By value, whatever type and byte order they are stored in."""
+    length, places = len(tokens), 1 if len(tokens) <= WHOLE else 64
+    size, block = min(length, WHOLE) // places, 2**20
+    starts = [(length - size) * i // max(places - 1, 1) for i in range(places)]
+    parts = (tokens[at : min(at + block, start + size)] for start in starts for at in range(start, start + size, block))
+    return f"{length} tokens {_digest(_bytes(part.long()) for part in parts)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else _digest([text.encode()])
+
+
+def _hash(tensor: Tensor) -> str:
+    shape = "x".join(map(str, tensor.shape))
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')} {_digest([_bytes(tensor.detach().cpu())])}"
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

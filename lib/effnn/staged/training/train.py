@@ -1,0 +1,225 @@
+"""Training in stages: train, grow the whole training state, train on (Shen et al. 2022).
+
+    small = train(config, [Stage(800)], recipe, tokens, validation)
+    grown = train(small, [Stage(400, width=2)], recipe, tokens, validation)       # `small` is as it was:
+    longer = train(small, [Stage(400)], recipe, tokens, validation)               # both branch off from it
+
+A stage does, in this order:
+  1. grow model and AdamW (grow.py), set the peak rate, the position in the schedule and its re-warm;
+  2. evaluate, where it has grown: the loss right after growth is in the curve;
+  3. take steps; evaluate every so many, and at the end;
+  4. save a checkpoint (checkpoint.py), also every so many steps.
+
+Batches and dropout are functions of the seed and the step, so a run that is killed goes on from its last checkpoint to
+the same bits. Under torchrun every rank calls `train` alike and takes its share of every batch. When to grow is not
+decided here: see slope.py and schedule.py.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from effnn.base import InvalidInput
+from effnn.staged.planning.flops import Shape, training_flops
+from effnn.staged.training.batches import Batches, mixed_seed, validation_windows
+from effnn.staged.training.begin import begin, checked_stages, config_of, enter, plain_start
+from effnn.staged.training.checkpoints.checkpoint import Checkpoints
+from effnn.staged.training.checkpoints.fingerprint import fingerprint
+from effnn.staged.training.processes import Ranks
+from effnn.staged.training.state import Diverged, Point, Recipe, Stage, TrainState
+from effnn.staged.training.step import Stepper, validation_loss
+
+LOOK_EVERY = 64
+"""Steps after which losses are fetched from the device at the latest; a loss that is not finite is found then."""
+
+
+def train(
+    start: GPT2Config | GPT2LMHeadModel | TrainState,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    train_tokens: object,
+    validation_tokens: object,
+    *,
+    folder: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    stop: Callable[[Point], bool] | None = None,
+) -> TrainState:
+    """The training state after `stages`; `start` is not changed, and the global random generators are not either.
+
+    start: a configuration (weights drawn from recipe.seed; its first stage cannot grow), a model (with a new AdamW), or
+    a state, which goes on with its own AdamW and its own peak rate; in the wrappers of torch or accelerate too
+    (unwrap.py). Every module is put into train mode. One call with two stages is two calls with one.
+    train_tokens, validation_tokens: 1-D tensors or NumPy arrays of token ids, memory-mapped ones too (token_arrays.py).
+    folder: for checkpoints; the same call again goes on from the newest one, and only loads the result where the run
+    had finished. One process at a time may use it, and all ranks must see it. device: "cuda" is LOCAL_RANK's device
+    under torchrun. stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of what makes
+    a run the same run.
+
+    With dropout another number of ranks draws other masks; without it the curve is the same up to rounding.
+
+    Raises InvalidInput for arguments that do not fit together, a folder of another run or in use by another process, a
+    damaged checkpoint and tokens outside the vocabulary, Diverged (an InvalidInput) for a loss that is not finite, and
+    CannotWrite where the disk takes no checkpoint: the message names the one that remains.
+    """
+    ranks = Ranks.current(device)
+    with _own_random_state(ranks.device):
+        run = _Run(plain_start(start), stages, recipe, train_tokens, validation_tokens, folder, ranks, stop)
+        return run(progress and ranks.rank == 0)
+
+
+class _Run:
+    """One call of `train`: what stays the same through it, and the state that moves."""
+
+    def __init__(self, start, stages, recipe, train_tokens, validation_tokens, folder, ranks, stop) -> None:
+        self.stages, self.recipe, self.ranks, self.stop = checked_stages(start, stages, recipe), recipe, ranks, stop
+        config = config_of(start)
+        if recipe.context > config.n_positions:
+            raise InvalidInput(
+                f"a context of {recipe.context} tokens is more than the model's n_positions={config.n_positions}"
+            )
+        self.batches = Batches(train_tokens, recipe.batch_size, recipe.context, config.vocab_size, recipe.seed)
+        windows = validation_windows(validation_tokens, recipe.evaluate_sequences, recipe.context, config.vocab_size)
+        self.windows = windows.to(ranks.device)
+        self.rows = recipe.micro_batch or max(recipe.batch_size // ranks.size, 1)
+        self.start, self.checkpoints = start, None
+        if folder is not None:
+            identity = ranks.first(lambda: fingerprint(start, self.stages, recipe, train_tokens, validation_tokens))
+            self.checkpoints = Checkpoints(Path(folder).expanduser(), identity, recipe, ranks, start, self.stages)
+
+    def __call__(self, progress: bool) -> TrainState:
+        with self.checkpoints.opened() if self.checkpoints else nullcontext() as saved:
+            return self._go_on(saved, progress)
+
+    def _go_on(self, saved: tuple[TrainState, bool] | None, progress: bool) -> TrainState:
+        self.state, finished = saved or (begin(self.start, self.recipe, self.ranks.device), False)
+        first = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
+        before = self.start.step if isinstance(self.start, TrainState) else 0
+        total, done = sum(stage.steps for stage in self.stages), self.state.step - before
+        if not finished:
+            with tqdm(total=total, initial=done, disable=not progress, unit="step") as self.bar:
+                for number, stage in enumerate(self.stages, start=first):
+                    here = number == self.state.stage
+                    if number < self.state.stage or (here and self.state.stage_step == stage.steps):
+                        continue
+                    stopped = self._stage(stage, resumed=here)
+                    last = stopped or number == first + len(self.stages) - 1
+                    if stage.steps or last:
+                        self._save(finished=last)
+                    if stopped:
+                        break
+        self.state.optimizer.zero_grad()
+        self.state.model.eval()
+        return self.state
+
+    def _stage(self, stage: Stage, resumed: bool) -> bool:
+        """Do what is left of one stage; whether the stop rule ended it."""
+        state, recipe = self.state, self.recipe
+        if not resumed:
+            enter(state, stage, recipe, self.windows[: self.rows, :-1])
+        self.ranks.check_equal("the model", _checksum(state.model))
+        stepper = Stepper(state, recipe, self.ranks)
+        shape, each = Shape.of(state.model.config), recipe.batch_size * recipe.context
+        flops, flops_full = (training_flops(shape, each, recipe.context, kind) for kind in ("non-embedding", "full"))
+        self.bar.set_description(f"stage {state.stage}: {shape.layers} x {shape.width}")
+        if not resumed and (stage.grows or not state.points) and self._evaluate():
+            return True
+        # no mask is drawn where there is no dropout, and then there is nothing to seed
+        dropout = any(module.p > 0 for module in state.model.modules() if isinstance(module, torch.nn.Dropout))
+        losses, since = [], time.perf_counter()
+        while state.stage_step < stage.steps:
+            if dropout:
+                _seed(mixed_seed(recipe.seed, state.step, self.ranks.rank), self.ranks.device)
+            losses.append(stepper(self.batches(state.step)))
+            state.step += 1
+            state.stage_step += 1
+            state.position += 1
+            state.tokens += each
+            state.flops += flops
+            state.flops_full += flops_full
+            self.bar.update()
+            end = state.stage_step == stage.steps
+            evaluate = end or state.step % recipe.evaluate_every == 0
+            save = recipe.checkpoint_every is not None and state.step % recipe.checkpoint_every == 0
+            if evaluate or save or state.step % LOOK_EVERY == 0:
+                self._look(losses)
+                state.seconds += time.perf_counter() - since
+                if evaluate and self._evaluate():
+                    return True
+                if save and not end:
+                    self._save(finished=False)
+                losses, since = [], time.perf_counter()
+        return False
+
+    def _look(self, losses: list[torch.Tensor]) -> None:
+        """Fetch the losses of the steps since the last look, add them up over the ranks, and check them."""
+        values = self.ranks.sum(torch.stack(losses).tolist())
+        first = self.state.step - len(values)
+        for step, value in enumerate(values, start=first):
+            value /= self.ranks.size
+            if not math.isfinite(value):
+                raise self._diverged(f"the training loss is {value} at step {step}")
+            self.state.loss_sum += value
+        self.state.loss_count += len(values)
+        self.bar.set_postfix(loss=f"{values[-1] / self.ranks.size:.3f}", refresh=False)
+
+    def _evaluate(self) -> bool:
+        """Append a point to the curve; what the stop rule says about it."""
+        state = self.state
+        loss = validation_loss(state.model, self.windows, self.rows, self.recipe.precision, self.ranks)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss} after step {state.step}")
+        point = Point(
+            step=state.step,
+            stage=state.stage,
+            tokens=state.tokens,
+            flops=state.flops,
+            flops_full=state.flops_full,
+            seconds=state.seconds,
+            validation_loss=loss,
+            train_loss=state.loss_sum / state.loss_count if state.loss_count else None,
+            learning_rate=state.learning_rate * state.schedule(state.position),
+            layers=state.model.config.n_layer,
+            width=state.model.config.n_embd,
+        )
+        state.points.append(point)
+        state.loss_sum, state.loss_count = 0.0, 0
+        return self.stop is not None and self.ranks.first(lambda: bool(self.stop(point)))
+
+    def _save(self, finished: bool) -> None:
+        if self.checkpoints is None:
+            return
+        if not math.isfinite(_checksum(self.state.model)):
+            raise self._diverged(f"a weight is not finite after step {self.state.step}")
+        self.checkpoints.save(self.state, finished)
+
+    def _diverged(self, what: str) -> Diverged:
+        left = "no folder for checkpoints was given" if self.checkpoints is None else self.checkpoints.describe()
+        return Diverged(f"{what}: lower the learning rate, warm up longer, or set `clip`; {left}")
+
+
+def _checksum(model: GPT2LMHeadModel) -> float:
+    """A number that differs between models that differ, as good as always."""
+    with torch.no_grad():
+        return float(torch.stack([p.double().sum() + p.double().square().sum() for p in model.parameters()]).sum())
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """The global generators are put back afterwards, and the CUDA device of the run is the current one within."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,350 @@
+"""Launching ranks: results, failures, time limits, and that no process is ever left behind."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from workers import launched as comm_workers
+
+from effnn import paths
+from effnn.base import InvalidInput, NotAvailable
+from effnn.comm import launch
+from effnn.comm.groups import mpi
+from effnn.comm.groups.interfaces import loopback
+from effnn.comm.launch import LaunchTimeout, WorkerFailed, run, run_outcomes
+from effnn.comm.launching.worker import start_time
+
+WITH_MPI = pytest.param(
+    "mpi4py", marks=pytest.mark.skipif(mpi.unavailable() is not None, reason=str(mpi.unavailable()))
+)
+BOTH = pytest.mark.parametrize("backend", ["gloo", WITH_MPI])
+
+
+@dataclass(frozen=True)
+class FakeNode:
+    prefix: tuple[str, ...]
+    interface: str
+    address: str
+
+
+def pids(folder, names, within=8.0):
+    """Process ids that the ranks have written, waiting for them."""
+    limit = time.monotonic() + within
+    while time.monotonic() < limit:
+        found = [Path(folder, name) for name in names]
+        if all(path.exists() and path.read_text() for path in found):
+            return [int(path.read_text()) for path in found]
+        time.sleep(0.02)
+    raise AssertionError(f"no {names} within {within} s")
+
+
+def all_gone(processes, within):
+    limit = time.monotonic() + within
+    while time.monotonic() < limit:
+        if all(start_time(pid) is None for pid in processes):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# What comes back
+
+
+@BOTH
+def test_all_reduce_gives_the_sum_on_every_rank(backend):
+    assert [value.item() for value in run(comm_workers.all_reduced, 3, backend)] == [6, 6, 6]
+
+
+def test_results_come_in_rank_order_and_text_names_a_function():
+    assert run("workers.launched:rank_and", 2, None, args=("a",), kwargs={"suffix": "b"}) == [(0, "ab"), (1, "ab")]
+
+
+def test_an_outcome_says_when_and_how_its_rank_ended_and_the_folder_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (outcome,) = run_outcomes(comm_workers.settings, 1, None)
+    folder, path, leads_its_group = outcome.result
+    assert outcome.ok and outcome.exit_code == 0 and 0 < outcome.finished < 10
+    assert folder == os.getcwd() and path == sys.path and leads_its_group
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ranks_print_is_logged_line_by_line(caplog):
+    with caplog.at_level(logging.INFO, logger="effnn.comm.launch"):
+        run(comm_workers.prints, 2, None)
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "rank 0: first of 0",
+        "rank 0: no newline at the end",
+        "rank 1: first of 1",
+        "rank 1: no newline at the end",
+    ]
+
+
+def test_two_launches_at_once_do_not_clash():
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda size: run(comm_workers.all_reduced, size), (2, 1)))
+    assert [[value.item() for value in one] for one in both] == [[3, 3], [1]]
+
+
+# The environment of the ranks
+
+
+def test_environment_of_a_rank_and_what_it_does_not_inherit(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "outer")
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    names = (
+        "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID"
+    ).split()
+    names += ["GLOO_SOCKET_IFNAME", "EFFNN_INTERFACE", "OMP_WAIT_POLICY", "MINE"]
+    second = run(comm_workers.environment, 2, None, args=names, threads=2, env={"MINE": "x", "LOCAL_WORLD_SIZE": "9"})[
+        1
+    ]
+    assert list(second.values()) == [
+        *["1", "1", "2", "9", "0", "127.0.0.1", None, None, loopback(), loopback(), "PASSIVE", "x", 2]
+    ]
+
+
+def test_ranks_are_spread_over_nodes_in_blocks_and_started_through_their_prefix():
+    nodes = [FakeNode(("env", f"HERE={i}"), f"veth{i}", f"10.0.0.{i + 1}") for i in range(2)]
+    names = "HERE GROUP_RANK LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME EFFNN_INTERFACE".split()
+    ranks = run(comm_workers.environment, 4, None, args=names, nodes=nodes)
+    assert [tuple(rank[name] for name in names) for rank in ranks] == [
+        ("0", "0", "0", "2", "10.0.0.1", "veth0", "veth0"),
+        ("0", "0", "1", "2", "10.0.0.1", "veth0", "veth0"),
+        ("1", "1", "0", "2", "10.0.0.1", "veth1", "veth1"),
+        ("1", "1", "1", "2", "10.0.0.1", "veth1", "veth1"),
+    ]
+
+
+@pytest.mark.skipif(mpi.unavailable() is not None, reason=str(mpi.unavailable()))
+def test_ranks_below_mpiexec_have_the_same_variables():
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR".split()
+    ranks = run(comm_workers.environment, 2, "mpi4py", args=names)
+    assert [[rank[name] for name in names] for rank in ranks] == [[str(i), str(i), "2", "127.0.0.1"] for i in (0, 1)]
+
+
+# A rank that fails
+
+
+def test_the_first_failing_ranks_traceback_is_forwarded_and_the_others_are_ended():
+    begin = time.monotonic()
+    with pytest.raises(WorkerFailed) as caught:
+        run(comm_workers.raises_on, 2, None, args=(1,))
+    assert time.monotonic() - begin < 9 and caught.value.rank == 1
+    message = str(caught.value)
+    assert "rank 1 of 2 failed" in message and "rank 0: ended by the launcher after rank 1 failed" in message
+    assert 'raise ValueError(f"boom on {rank}' in message and "and a second line" in message
+    ended, failed = caught.value.outcomes
+    assert failed.error == "ValueError: boom on 1" and failed.exit_code == 1 and ended.exit_code == -signal.SIGTERM
+
+
+def test_within_the_grace_others_may_still_return():
+    kept, failed = run_outcomes(comm_workers.raises_on, 2, None, args=(1, 1.0), grace=8)
+    assert kept.ok and kept.exit_code == 0 and not failed.ok and kept.finished > failed.finished
+
+
+@BOTH
+def test_after_a_rank_was_killed_the_others_raise_by_the_groups_time_out(backend):
+    one, two, dead = run_outcomes(
+        comm_workers.one_dies_in_all_reduce, 3, backend, args=(comm_workers.killed,), group_timeout=3, grace=15
+    )
+    assert WorkerFailed([one, two, dead]).rank == 2  # the cause is told from what followed from it
+    assert dead.error == "killed by SIGKILL" and dead.exit_code == -signal.SIGKILL
+    for survivor in (one, two):
+        assert "all_reduce" in survivor.traceback and dead.finished < survivor.finished < dead.finished + 4.5
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "error", "code"),
+    [
+        ("exits_with", (3,), "exit code 3 without a result", 3),
+        ("exits_at_once", (0,), "exit code 0 without a result", 0),
+        ("segmentation_fault", (), "killed by SIGSEGV", -signal.SIGSEGV),
+        ("no_such_function", (), "AttributeError: module 'comm_workers' has no attribute 'no_such_function'", 1),
+    ],
+)
+def test_ways_to_end_without_a_result(function, args, error, code):
+    (outcome,) = run_outcomes(f"workers.launched:{function}", 1, None, args=args)
+    assert (outcome.error, outcome.exit_code) == (error, code)
+    assert function != "exits_with" or outcome.stderr == "last words\n"
+
+
+def test_a_result_that_cannot_be_pickled_is_that_ranks_error():
+    with pytest.raises(WorkerFailed, match="the result, a function, cannot be pickled, so it cannot be returned"):
+        run(comm_workers.returns_something_that_cannot_be_pickled, 1, None)
+
+
+def test_when_mpiexec_fails_its_words_are_in_the_error(tmp_path, monkeypatch):
+    broken = tmp_path / "mpiexec"
+    broken.write_text("#!/bin/sh\necho no such fabric >&2\nexit 5\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(mpi, "launcher", lambda: broken)
+    monkeypatch.setattr(mpi, "unavailable", lambda: None)
+    with pytest.raises(WorkerFailed, match="exit code 5 without a result\nno such fabric"):
+        run(comm_workers.all_reduced, 2, "mpi4py")
+
+
+# No process is left
+
+
+@BOTH
+def test_at_the_time_limit_all_are_ended_and_the_message_says_where_they_were(backend, tmp_path):
+    with pytest.raises(LaunchTimeout) as caught:
+        run(comm_workers.leaves_a_pid_and_sleeps, 2, backend, args=(str(tmp_path), True), timeout=12.0)
+    assert "rank 0, 1 of 2 still running after 12." in str(caught.value)
+    assert "comm_workers.py" in str(caught.value) and "in leaves_a_pid_and_sleeps" in str(caught.value)
+    assert all(outcome.error == launch.STILL_RUNNING for outcome in caught.value.outcomes)
+    assert all_gone(pids(tmp_path, ["rank-0", "rank-1", "child-0", "child-1"]), within=2)
+
+
+def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TERMINATE", 0.5)
+    (outcome,) = run_outcomes(comm_workers.ignores_sigterm_and_sleeps, 1, None, args=(str(tmp_path),), timeout=3)
+    assert outcome.error == launch.STILL_RUNNING and outcome.exit_code == -signal.SIGKILL
+    assert all_gone(pids(tmp_path, ["rank-0"]), within=1)
+
+
+def test_a_result_counts_though_its_rank_does_not_end_and_children_left_behind_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "LINGER", 0.5)
+    (outcome,) = run_outcomes(comm_workers.leaves_a_child_and_a_thread, 1, None, args=(str(tmp_path),))
+    assert outcome.ok and outcome.result == "done" and outcome.exit_code == -signal.SIGTERM
+    assert all_gone(pids(tmp_path, ["child-0"]), within=1)
+
+
+@BOTH
+def test_workers_end_when_the_launcher_is_killed_and_the_next_start_removes_its_folder(backend, tmp_path, monkeypatch):
+    call = f"run('workers.launched:leaves_a_pid_and_sleeps', 2, {backend!r}, args=({str(tmp_path)!r},))"
+    script = f"import sys; sys.path.append({str(paths.TESTS)!r})\nfrom effnn.comm.launch import run\n{call}"
+    launcher = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)})
+    try:
+        processes = pids(tmp_path, ["rank-0", "rank-1"], within=9)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert all_gone(processes, within=5)
+    assert len(list(tmp_path.glob("effnn-launch-*"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launch._private_folder().cleanup()
+    assert not list(tmp_path.glob("effnn-launch-*"))
+
+
+def test_only_folders_of_launchers_that_are_gone_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with launch._private_folder() as running:
+        *_, place, pid, started, _ = Path(running).name.split("-")
+        gone = [f"effnn-launch-{place}-{pid}-1-ab", f"effnn-launch-{place}-{2**22 + 1}-{started}-cd"]
+        kept = [Path(running).name, f"effnn-launch-00000000-{pid}-1-ab", f"effnn-launch-{place}-notes", "effnn-launch"]
+        for name in [*gone, *kept[1:]]:
+            (tmp_path / name / "stdout-0").mkdir(parents=True)
+        launch._private_folder().cleanup()
+        assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_ctrl_c_ends_the_workers_before_it_goes_on(tmp_path):
+    def interrupt():
+        pids(tmp_path, ["rank-0", "rank-1"])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(comm_workers.leaves_a_pid_and_sleeps, 2, None, args=(str(tmp_path),))
+    thread.join()
+    assert all_gone(pids(tmp_path, ["rank-0", "rank-1"]), within=0.1)
+
+
+# Arguments that do not fit, and functions of a script
+
+
+def at_home(value):
+    return value
+
+
+@pytest.mark.parametrize("function", [lambda: 1, threading.Lock().acquire, "comm_workers.prints", ":f"])
+def test_what_cannot_be_called_elsewhere_is_refused(function):
+    with pytest.raises(InvalidInput, match="top-level function|package.module:function"):
+        run(function, 2, None)
+
+
+def test_arguments_that_cannot_be_sent_are_refused():
+    with pytest.raises(InvalidInput, match="picklable"):
+        run(at_home, 1, None, args=(lambda: 1,))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"world_size": 0}, "must be positive"),
+        ({"timeout": 0}, "must be positive"),
+        ({"threads": 0}, "must be positive"),
+        ({"nodes": []}, "do not spread evenly over 0 nodes"),
+        ({"nodes": [FakeNode((), "lo", "127.0.0.1")] * 3}, "2 ranks do not spread evenly over 3 nodes"),
+        ({"nodes": [FakeNode((), "lo", "127.0.0.1")], "backend": "mpi4py"}, "not supported with mpi4py"),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong, message):
+    with pytest.raises(InvalidInput, match=message):
+        run(**{"fn": at_home, "world_size": 2, "backend": None} | wrong)
+
+
+def test_without_mpiexec_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(mpi, "launcher", lambda: None)
+    with pytest.raises(NotAvailable, match=r"effnn\[ccl\]"):
+        run(at_home, 2, "mpi4py")
+
+
+def script(folder, text, *command):
+    path = folder / "talk_script.py"
+    path.write_text(textwrap.dedent(text))
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, *(command or (str(path),))], env=environment, capture_output=True, text=True, timeout=30
+    )
+
+
+GUARDED = """
+    from dataclasses import dataclass
+    from effnn.comm.launch import run
+
+    @dataclass
+    class Pair:
+        one: int
+
+    def double(pair):
+        return Pair(2 * pair.one)
+
+    if __name__ == "__main__":
+        assert run(double, 1, None, args=(Pair(4),)) == [Pair(8)]
+        print("fine")
+"""
+
+
+@pytest.mark.parametrize("command", [(), ("-m", "talk_script")])
+def test_functions_and_classes_of_a_script_work(tmp_path, command):
+    assert script(tmp_path, GUARDED, *command).stdout == "fine\n"
+
+
+def test_a_script_without_a_guard_does_not_start_workers_without_end(tmp_path):
+    text = "from effnn.comm.launch import run\ndef one():\n    return 1\nrun(one, 1, None)\n"
+    done = script(tmp_path, text)
+    assert done.returncode == 1 and "put the call under a main guard" in done.stderr
+
+
+def test_a_function_of_a_notebook_is_refused(monkeypatch):
+    notebook = types.ModuleType("__main__")
+    exec("def cell(): pass", notebook.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    with pytest.raises(InvalidInput, match="put it into a module"):
+        run(notebook.cell, 1, None)

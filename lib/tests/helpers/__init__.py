@@ -1,0 +1,1 @@
+"""What several test files need: small models, homes with results in them, backends that are present."""

@@ -1,0 +1,1 @@
+"""Functions that tests run in processes of their own."""
