@@ -10,7 +10,7 @@ class InvalidInput(EffnnError, ValueError):
 
 
 class NotAvailable(EffnnError, RuntimeError):
-    """Something that the function needs (a data set, a library, a device) cannot be had here."""
+    """Something that the function needs (a data set, a library, a device) is not available here."""
 
 
 class CannotWrite(EffnnError, OSError):
@@ -22,3 +22,9 @@ class CannotWrite(EffnnError, OSError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def first_line(error: BaseException | str, length: int = 200) -> str:
+    """The first line of an error's message, at most `length` characters of it; other libraries write whole pages."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else "no message")[:length]

@@ -1,5 +1,6 @@
 """effnn.base: atomic writes, interleaved timing, peak memory, seeds and threads."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,15 +10,21 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from effnn.base import (
     InvalidInput,
     NotAvailable,
     PeakMemory,
     Timing,
+    atomic_folder,
     atomic_path,
+    evaluating,
+    first_line,
+    hooked,
     interleave,
     seed_everything,
+    sha256_file,
     threads,
     write_json,
     write_text,
@@ -150,3 +157,49 @@ def test_the_number_of_threads_is_given_back_after_an_error():
 
 def test_errors_can_be_caught_as_the_builtin_ones():
     assert issubclass(InvalidInput, ValueError) and issubclass(NotAvailable, RuntimeError)
+
+
+def test_hooks_are_gone_after_the_block_also_when_setting_one_fails():
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+
+    def failing():
+        yield layers[0].register_forward_hook(lambda *_: None)
+        raise RuntimeError("no second hook")
+
+    with hooked(layer.register_forward_hook(lambda *_: None) for layer in layers):
+        assert all(layer._forward_hooks for layer in layers)
+    assert not any(layer._forward_hooks for layer in layers)
+    with pytest.raises(RuntimeError, match="no second hook"), hooked(failing()):
+        pass
+    assert not layers[0]._forward_hooks
+
+
+def test_every_module_gets_its_own_mode_back():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[0].eval()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path):
+    target = tmp_path / "deep" / "set"
+    for content in ("old", "new"):
+        with atomic_folder(target) as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in target.iterdir()] == ["new"]
+    with pytest.raises(KeyError), atomic_folder(target) as folder:
+        (folder / "half").write_text("")
+        raise KeyError
+    assert [path.name for path in target.iterdir()] == ["new"] and os.listdir(target.parent) == ["set"]
+
+
+def test_the_first_line_of_an_error_is_short():
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError()) == "no message" and len(first_line("x" * 999)) == 200
+
+
+def test_the_sha256_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()

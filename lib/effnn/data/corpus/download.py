@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from effnn.base import InvalidInput, NotAvailable, atomic_path, write_json
+from effnn.base import InvalidInput, NotAvailable, atomic_folder, atomic_path, write_json
 from effnn.data.corpus.hub import (
     GPT2,
     PLACES,
@@ -24,7 +24,6 @@ from effnn.data.corpus.hub import (
     state_path,
 )
 from effnn.data.corpus.rows import clean
-from effnn.data.folders import atomic_folder
 
 DOWNLOADS = (*PLACES, "gpt2")
 LIMIT_TOKENS = 1_000_000_000

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effnn.base import write_json, write_text
-from effnn.data.folders import atomic_folder
+from effnn.base import atomic_folder, write_json, write_text
 
 META = "meta.json"
 TOKENIZER = "tokenizer.json"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from effnn import paths
-from effnn.base import EffnnError, InvalidInput, NotAvailable, imports
+from effnn.base import EffnnError, InvalidInput, NotAvailable, atomic_folder, imports
 from effnn.data import __main__ as cli
 from effnn.data import corpus
 from effnn.data.corpus import coders as tokens
@@ -30,7 +30,6 @@ from effnn.data.corpus import hub as corpus_hub
 from effnn.data.corpus import rows as text_rows
 from effnn.data.corpus import token_files
 from effnn.data.corpus.documents import SPLITS, in_pieces, whole
-from effnn.data.folders import atomic_folder
 from effnn.data.text import task as text_task
 
 
