@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from effnn.base import InvalidInput, NotAvailable
+from effnn.base import InvalidInput, NotAvailable, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd"  # the replacement character stands for every character outside the vocabulary
@@ -184,8 +184,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, InvalidInput):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise NotAvailable(f"{folder} holds no tokenizer that transformers can load ({reason})") from error
+        raise NotAvailable(f"{folder} holds no tokenizer that transformers can load ({first_line(error)})") from error
 
 
 def _train_characters(texts: Iterable[str], vocab_size: int) -> Characters:

@@ -1,7 +1,7 @@
 """Downloading the corpora of the hub, by choice: rows are streamed into Parquet shards under data/cache.
 
-C4 and OpenWebText can be had in part. A download that was cut off goes on after the last whole shard; one that reached
-its limit goes on when it is asked for more.
+C4 and OpenWebText can be fetched in part. A download that was cut off goes on after the last whole shard; one that
+reached its limit goes on when it is asked for more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,22 +10,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from effnn.base import InvalidInput, NotAvailable, atomic_folder, atomic_path, write_json
-from effnn.data.corpus.hub import (
-    GPT2,
-    PLACES,
-    Place,
-    State,
-    folder_of,
-    gpt2_folder,
-    place_of,
-    read_state,
-    shards,
-    state_path,
-)
-from effnn.data.corpus.rows import clean
+from effnn.base import InvalidInput, atomic_folder, atomic_path, write_json
+from effnn.data import hub
+from effnn.data.corpus.hub import State, read_state, shards, state_path
+from effnn.data.files.reading import clean
 
-DOWNLOADS = (*PLACES, "gpt2")
+NAMES = (*hub.CORPORA, *hub.TOKENIZERS)
 LIMIT_TOKENS = 1_000_000_000
 # GPT-2's BPE makes English text about 4.4 characters a token; more are fetched, so that the limit is reached.
 CHARACTERS_PER_TOKEN = 5
@@ -33,7 +23,7 @@ HELD_OUT_CHARACTERS = 50_000_000  # of C4's validation split
 SHARD_CHARACTERS = 100_000_000
 
 
-def download(names: Iterable[str] = DOWNLOADS, limit_tokens: int = LIMIT_TOKENS) -> list[Path]:
+def download(names: Iterable[str] = NAMES, limit_tokens: int = LIMIT_TOKENS) -> list[Path]:
     """Fetch these corpora and, for "gpt2", its tokenizer; returns their folders.
 
     limit_tokens: about how many GPT-2 tokens of C4 and OpenWebText to fetch, each. Raises NotAvailable where the hub is
@@ -46,10 +36,10 @@ def download(names: Iterable[str] = DOWNLOADS, limit_tokens: int = LIMIT_TOKENS)
 
 def fetch(name: str, limit_tokens: int = LIMIT_TOKENS) -> Path:
     """Folder of one corpus, with all of its rows or as many as the limit asks for; see `download`."""
-    place, folder = place_of(name), folder_of(name)
-    for split, rows in place.rows.items():
+    folder = hub.folder_of(name)
+    for split, rows in hub.CORPORA[name].rows[hub.CORPORA[name].config].items():
         wanted = None if rows else limit_tokens * CHARACTERS_PER_TOKEN if split == "train" else HELD_OUT_CHARACTERS
-        _fetch_split(place, split, folder, wanted)
+        _fetch_split(name, split, folder, wanted)
     return folder
 
 
@@ -57,22 +47,20 @@ def fetch_gpt2() -> Path:
     """Folder of GPT-2's tokenizer. Raises NotAvailable where the hub is out of reach."""
     from transformers import AutoTokenizer
 
-    folder = gpt2_folder()
+    folder, entry = hub.folder_of("gpt2"), hub.TOKENIZERS["gpt2"]
     if not folder.is_dir():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(GPT2[0], revision=GPT2[1])
+            tokenizer = AutoTokenizer.from_pretrained(entry.id, revision=entry.revision)
         except Exception as error:
-            raise NotAvailable(
-                f"GPT-2's tokenizer ({GPT2[0]}) could not be downloaded from the hub at revision {GPT2[1][:12]} "
-                f"({_first_line(error)}): give the folder of a saved one as the tokenizer"
-            ) from error
+            raise hub.out_of_reach("gpt2", entry.config, error) from error
         with atomic_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
     return folder
 
 
-def _fetch_split(place: Place, split: str, folder: Path, wanted: int | None) -> None:
+def _fetch_split(name: str, split: str, folder: Path, wanted: int | None) -> None:
     """Fetch rows until the split holds `wanted` characters (None: all rows), from where the shards end."""
+    entry = hub.CORPORA[name]
     if (known := read_state(folder, split)) and known.whole:
         return
     sizes = [_size(path) for path in shards(folder, split)]
@@ -80,33 +68,29 @@ def _fetch_split(place: Place, split: str, folder: Path, wanted: int | None) -> 
     ended = False
     if wanted is None or characters < wanted:
         try:
-            with tqdm(initial=characters, total=wanted, desc=place.id, unit="char", unit_scale=True) as progress:
+            with tqdm(initial=characters, total=wanted, desc=entry.id, unit="char", unit_scale=True) as progress:
                 rest = None if wanted is None else wanted - characters
-                for texts in _in_shards(_stream(place, split, rows), rest):
+                for texts in _in_shards(_stream(entry, split, rows), rest):
                     size = sum(map(len, texts))
                     _write_shard(folder / f"{split}-{count:05d}.parquet", texts, size)
                     count, rows, characters = count + 1, rows + len(texts), characters + size
                     progress.update(size)
         except Exception as error:  # offline, no such host, a proxy's refusal, a full disk: the way out is the same
-            raise NotAvailable(
-                f"{place.id} ({place.config}) could not be downloaded from the hub at revision {place.revision[:12]} "
-                f"({_first_line(error)}); {rows:,} rows of {split} are in {folder}: run this again to go on, give a "
-                f"local path as the source, or use the laptop profile, which needs no download"
-            ) from error
+            raise hub.out_of_reach(name, entry.config, error, f"{rows:,} rows of {split} are") from error
         ended = wanted is None or characters < wanted
-    if place.rows[split] not in (None, rows):
+    try:
+        hub.check_size(name, entry.config, split, rows, entry.rows[entry.config][split])
+    except InvalidInput:
         for path in shards(folder, split):
             path.unlink()
-        raise InvalidInput(
-            f"{place.id} ({place.config}): split {split} holds {rows} rows, {place.rows[split]} were expected"
-        )
-    write_json(state_path(folder, split), asdict(State(place.revision, rows, characters, ended)))
+        raise
+    write_json(state_path(folder, split), asdict(State(entry.revision, rows, characters, ended)))
 
 
-def _stream(place: Place, split: str, skipped: int) -> Iterator[str]:
+def _stream(entry: hub.HubSet, split: str, skipped: int) -> Iterator[str]:
     import datasets
 
-    rows = datasets.load_dataset(place.id, place.config, split=split, streaming=True, revision=place.revision)
+    rows = datasets.load_dataset(entry.id, entry.config, split=split, streaming=True, revision=entry.revision)
     return (clean(row["text"]) for row in (rows.skip(skipped) if skipped else rows))
 
 
@@ -131,7 +115,7 @@ def _write_shard(path: Path, texts: list[str], characters: int) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.table({"text": texts}).replace_schema_metadata({"characters": str(characters)})
+    table = pyarrow.table({"text": texts}).reentry_schema_metadata({"characters": str(characters)})
     with atomic_path(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 
@@ -141,7 +125,3 @@ def _size(path: Path) -> tuple[int, int]:
     from pyarrow import parquet
 
     return parquet.read_metadata(path).num_rows, int(parquet.read_schema(path).metadata[b"characters"])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"

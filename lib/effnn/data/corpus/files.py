@@ -4,29 +4,23 @@ Which text is for what, in this order:
   1. A folder with files whose names hold the word train, valid or test (`wiki.train.tokens`, `valid.txt`): these.
   2. A folder of at least three other text files: whole files by the hash of their names, 90/5/5 % of the bytes.
   3. A file, or a split that case 1 lacks: the end of the training file (of each one), by position, moved to the end of
-     a line: 90/5/5 %, or 95/5 % for one missing split. Rows (text_rows.py) go by the hash of their text instead.
-Without train files nothing is carved out of the held-out ones: train is empty then. Nothing is downloaded here.
+     a line: 90/5/5 %, or 95/5 % for one missing split. Rows (a document each) go by the hash of their text instead.
+Without train files nothing is carved out of the held-out ones: train is empty then.
 """
 
-import codecs
-import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnn.base import InvalidInput, NotAvailable
+from effnn.base import InvalidInput, NotAvailable, sha256_file
 from effnn.data.corpus.documents import SPLITS, Documents, Piece, in_pieces, whole
-from effnn.data.corpus.rows import SUFFIXES as ROW_SUFFIXES
-from effnn.data.corpus.rows import holds_rows, read_rows
-from effnn.data.file_kinds import check_rows, check_text
-from effnn.data.text.task import unit_hash
+from effnn.data.files.reading import ROW_SUFFIXES, check_file, holds_rows, read_rows, read_text
+from effnn.data.splits import unit_hash
 
 TEXT_SUFFIXES = (".txt", ".text", ".tokens", ".raw")
 HELD_OUT = 0.05  # of the bytes, for each of validation and test
 _WORDS = {"train": {"train", "training"}, "validation": {"valid", "validation", "val", "dev"}, "test": {"test"}}
-_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,9 @@ def documents(name: str, path: str | Path) -> Documents:
         )
     files = [path] if path.is_file() else _files_of(path)
     for file in files:
-        (check_rows if holds_rows(file) else check_text)(file)
+        check_file(file)
     parts, rule = _parts(path, files)
-    digests = {file: _sha256(file) for file in files}
+    digests = {file: sha256_file(file) for file in files}
     identity = {
         split: [[digests[p.path], holds_rows(p.path), p.start, p.stop, p.hashes] for p in parts[split]]
         for split in SPLITS
@@ -80,33 +74,6 @@ def documents(name: str, path: str | Path) -> Documents:
         lambda split: (piece for part in parts[split] for piece in part.pieces()),
         {split: sum(part.size() for part in parts[split]) for split in SPLITS},
     )
-
-
-def read_text(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """The text of bytes `start` to `stop` in small chunks, line ends as "\\n", without byte-order mark.
-
-    Raises InvalidInput naming the file and the offset of the first byte that is not UTF-8.
-    """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    position = start
-    with Path(path).open("rb") as file:
-        file.seek(start)
-        while True:
-            block = file.read(_BLOCK if stop is None else min(_BLOCK, stop - position))
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                offset = position - (len(error.object) - len(block)) + error.start
-                raise InvalidInput(
-                    f"{path}: byte {offset} is not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from error
-            if position == 0:
-                text = text.removeprefix("\ufeff")
-            position += len(block)
-            if text:
-                yield text
-            if not block:
-                return
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -197,8 +164,3 @@ def _line_end(path: Path, share: float) -> int:
     if found := ahead.find(b"\n") + 1:
         return position + found
     return position + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

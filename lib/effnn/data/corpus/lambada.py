@@ -13,9 +13,7 @@ from pathlib import Path
 from effnn.base import InvalidInput, NotAvailable
 from effnn.data.corpus import hub as corpus_hub
 from effnn.data.corpus.documents import Documents, whole
-from effnn.data.corpus.files import read_text
-from effnn.data.corpus.rows import holds_rows, read_rows
-from effnn.data.file_kinds import check_rows, check_text
+from effnn.data.files.reading import check_file, holds_rows, read_rows, read_text
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _passages(source: str | Path) -> Sequence[str]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise NotAvailable(f"LAMBADA was looked for in {path}, which is no file: give the file of its passages")
-    (check_rows if holds_rows(path) else check_text)(path)
+    check_file(path)
     found = list(read_rows(path)) if holds_rows(path) else "".join(read_text(path)).split("\n")
     passages = [passage for passage in found if passage.strip()]
     if not passages:

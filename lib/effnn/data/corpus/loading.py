@@ -24,18 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from effnn import cache
 from effnn.base import InvalidInput
-from effnn.data.corpus import coders as tokens
-from effnn.data.corpus import docstrings as corpus_docstrings
-from effnn.data.corpus import files as corpus_files
+from effnn.data import docstrings, hub
+from effnn.data.corpus import builtin, coders, files, lambada, token_files
 from effnn.data.corpus import hub as corpus_hub
-from effnn.data.corpus import lambada as corpus_lambada
-from effnn.data.corpus import token_files
 from effnn.data.corpus.coders import BytePairs, Characters, Coder, Pretrained
 from effnn.data.corpus.documents import SPLITS, Documents, Piece, batches, whole
 
 log = logging.getLogger(__name__)
 
-NAMES = ("docstrings", "text", *corpus_hub.PLACES)
+NAMES = ("docstrings", "text", *hub.CORPORA)
 # A vocabulary gets no better by counting more; this bounds time and memory of training on a large corpus.
 TRAINING_BATCHES = 100  # of about a megabyte
 
@@ -81,7 +78,7 @@ def load(
     """The corpus from its source, encoded; the built-in one takes about 15 s once and is cached.
 
     name: "docstrings" (built in), "text", or a corpus of the hub (`NAMES`). source: "builtin", "hub", or the path of a
-    file or folder; corpus_files.py says how that is split.
+    file or folder; files.py says how that is split.
     tokenizer: "bpe" (byte-level BPE) or "character", trained on the first 100 MB of train; "gpt2"; the folder of a
     saved tokenizer; a fast one of transformers; or the tokenizer of another corpus. Documents are separated by one
     end-of-text token, or by two newlines among characters.
@@ -100,7 +97,7 @@ def load(
             f"{name} ({documents.source}) holds no train text to make a tokenizer of: give the tokenizer of a trained "
             f"model's corpus, add a train file, or give one file as the source, which is cut into three splits"
         )
-    size = tokens.DEFAULT_SIZES.get(str(tokenizer), 0) if vocab_size is None else vocab_size
+    size = coders.DEFAULT_SIZES.get(str(tokenizer), 0) if vocab_size is None else vocab_size
     key = {
         "documents": json.dumps(documents.identity),
         "tokenizer": [str(tokenizer), size] if coder is None else coder.fingerprint,
@@ -147,16 +144,16 @@ def _documents(name: str, source: str | Path) -> Documents:
     if name == "docstrings":
         return _docstrings()
     if name == "lambada":
-        return corpus_lambada.documents(source)
-    return corpus_hub.documents(name) if str(source) == "hub" else corpus_files.documents(name, source)
+        return lambada.documents(source)
+    return corpus_hub.documents(name) if str(source) == "hub" else files.documents(name, source)
 
 
 def _docstrings() -> Documents:
-    folders = corpus_docstrings.locate()
+    folders = docstrings.locate(builtin.PACKAGES)
     texts = cache.remember(
         "corpus_docstrings",
-        {"folders": str(folders), **corpus_docstrings.versions()},
-        lambda: corpus_docstrings.collect(folders),
+        {"folders": str(folders), **docstrings.versions(builtin.PACKAGES)},
+        lambda: builtin.collect(folders),
     )
     return Documents(
         "docstrings",
@@ -169,7 +166,7 @@ def _docstrings() -> Documents:
 
 def _ready_made(tokenizer: str | Path | PreTrainedTokenizerBase | Coder, vocab_size: int | None) -> Coder | None:
     """The tokenizer that was asked for; None where it is to be trained."""
-    if isinstance(tokenizer, str) and tokenizer in tokens.DEFAULT_SIZES:
+    if isinstance(tokenizer, str) and tokenizer in coders.DEFAULT_SIZES:
         return None
     if vocab_size is not None:
         raise InvalidInput(f"vocab_size={vocab_size} goes with tokenizer 'bpe' or 'character': others have their own")
@@ -179,12 +176,12 @@ def _ready_made(tokenizer: str | Path | PreTrainedTokenizerBase | Coder, vocab_s
         return tokenizer
     if not isinstance(tokenizer, str | Path):
         raise InvalidInput(f"no tokenizer: expected a name, a folder or a fast tokenizer, found {type(tokenizer)}")
-    return corpus_hub.gpt2() if str(tokenizer) == "gpt2" else tokens.load_pretrained(tokenizer)
+    return corpus_hub.gpt2() if str(tokenizer) == "gpt2" else coders.load_pretrained(tokenizer)
 
 
 def _train(documents: Documents, kind: str, vocab_size: int) -> Coder:
     few = islice(_watched(documents, "train", f"{kind} tokenizer"), TRAINING_BATCHES)
-    return tokens.train(kind, (piece.text for batch in few for piece in batch), vocab_size)
+    return coders.train(kind, (piece.text for batch in few for piece in batch), vocab_size)
 
 
 def _read(folder: Path, documents: Documents, coder: Coder | None) -> Corpus | None:
@@ -197,11 +194,11 @@ def _read(folder: Path, documents: Documents, coder: Coder | None) -> Corpus | N
         return None
 
 
-def _corpus(documents: Documents, files: token_files.TokenFiles, coder: Coder | None) -> Corpus:
-    coder = coder or tokens.load_coder(files.tokenizer)
-    identity = json.dumps([coder.fingerprint, [files.sha256[split] for split in SPLITS]])
+def _corpus(documents: Documents, stored: token_files.TokenFiles, coder: Coder | None) -> Corpus:
+    coder = coder or coders.load_coder(stored.tokenizer)
+    identity = json.dumps([coder.fingerprint, [stored.sha256[split] for split in SPLITS]])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Corpus(documents.name, **files.tokens, tokenizer=coder, source=documents.source, fingerprint=fingerprint)
+    return Corpus(documents.name, **stored.tokens, tokenizer=coder, source=documents.source, fingerprint=fingerprint)
 
 
 def _ids(documents: Documents, split: str, coder: Coder, limit_tokens: int | None) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effnn.base import atomic_folder, write_json, write_text
+from effnn.base import atomic_folder, sha256_file, write_json, write_text
 
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
@@ -66,7 +66,7 @@ def read(folder: Path) -> TokenFiles:
         for name, expected in meta["splits"].items():
             tokens[name] = _map(folder / f"{name}.bin", expected["bytes"], dtype)
             sums[name] = expected["sha256"]
-            if _sha256(folder / f"{name}.bin") != sums[name]:
+            if sha256_file(folder / f"{name}.bin") != sums[name]:
                 raise Damaged(f"{name}.bin does not have the checksum that was written")
         return TokenFiles(tokens, sums, tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,8 +81,3 @@ def _map(path: Path, size: int, dtype: np.dtype) -> np.ndarray:
         empty.flags.writeable = False
         return empty
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # read, not mapped: mapped pages would count as this process's memory
-        return hashlib.file_digest(file, "sha256").hexdigest()

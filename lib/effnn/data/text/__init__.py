@@ -2,7 +2,7 @@
 
 from effnn.data.text.baseline import BagOfWords
 from effnn.data.text.encoding import EncodedSplit, EncodedTask, calibration_loader, encode, encode_split, loader
-from effnn.data.text.loading import TASKS, bag_of_words, download, load, tokenizer_for
+from effnn.data.text.loading import TASKS, bag_of_words, load, tokenizer_for
 from effnn.data.text.squad import SquadExample, SquadTask, load_squad, squad_features
 from effnn.data.text.task import Split, TextTask
 from effnn.data.text.wordpiece import fingerprint, train_wordpiece
@@ -18,7 +18,6 @@ __all__ = [
     "TextTask",
     "bag_of_words",
     "calibration_loader",
-    "download",
     "encode",
     "encode_split",
     "fingerprint",

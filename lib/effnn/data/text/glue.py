@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnn.base import InvalidInput, NotAvailable
+from effnn.base import InvalidInput
 from effnn.data import hub
-from effnn.data.text.task import Split, TextTask, unit_hash
+from effnn.data.files.reading import published_files
+from effnn.data.splits import unit_hash
+from effnn.data.text.task import Split, TextTask
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +77,8 @@ def load_folder(name: str, folder: str | Path, seed: int = 0) -> TextTask:
     Raises NotAvailable for a missing folder or file, and InvalidInput naming file and line of the first bad row.
     """
     folder, layout = Path(folder).expanduser(), _format(name)
-    files = [folder / "train.tsv", folder / f"{layout.dev}.tsv"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise NotAvailable(
-            f"GLUE {name} was looked for in {folder}, where {' and '.join(missing)} cannot be found: "
-            f"give the folder that holds the published TSV files, or use the laptop profile, which needs no files"
-        )
-    train, dev = read_tsv(files[0], layout), read_tsv(files[1], layout)
+    files = published_files(f"GLUE {name}", folder, ["train.tsv", f"{layout.dev}.tsv"])
+    train, dev = (read_tsv(file, layout) for file in files)
     return _with_validation(name, layout, train, dev, f"folder {folder}", seed)
 
 

@@ -8,20 +8,17 @@ Every source gives a `TextTask`; nothing falls back to another source by itself.
 """
 
 import importlib.metadata
-import logging
-import platform
 from pathlib import Path
 
 from transformers import BertTokenizerFast
 
 from effnn import cache
 from effnn.base import InvalidInput
-from effnn.data import hub
-from effnn.data.text import baseline, docstrings, glue, wordpiece
+from effnn.data import docstrings
+from effnn.data.text import baseline, builtin, glue, wordpiece
 from effnn.data.text.baseline import BagOfWords
 from effnn.data.text.task import TextTask
 
-log = logging.getLogger(__name__)
 TASKS = ("docstrings", *glue.FORMATS)
 
 
@@ -30,15 +27,15 @@ def load(task: str = "docstrings", source: str | Path = "builtin", seed: int = 0
 
     source: "builtin" (docstrings only), "hub" (what `make data` downloaded), or the folder of the published files (GLUE
     tasks). seed: of the hash that carves GLUE's validation rows out of train. Raises InvalidInput for a task or row
-    that makes no sense, and NotAvailable for data that cannot be had here.
+    that makes no sense, and NotAvailable for data that is not here.
     """
     if task not in TASKS:
         raise InvalidInput(f"unknown text task {task!r}: choose one of {', '.join(TASKS)}")
     if task == "docstrings":
         if str(source) != "builtin":
             raise InvalidInput(f"the docstring task is built in: its source is 'builtin', not {str(source)!r}")
-        key = {"python": platform.python_version(), "folders": str(docstrings.locate()), **_package_versions()}
-        return cache.remember("docstrings", key, docstrings.load)
+        key = {"folders": str(docstrings.locate(builtin.LABELS)), **docstrings.versions(builtin.LABELS)}
+        return cache.remember("docstrings", key, builtin.load)
     if str(source) == "builtin":
         raise InvalidInput(
             f"{task} is not built in (docstrings is): its source is 'hub' or the folder of its published TSV files"
@@ -68,12 +65,3 @@ def bag_of_words(task: TextTask) -> BagOfWords:
         {"data": task.fingerprint, "scikit-learn": importlib.metadata.version("scikit-learn")},
         lambda: baseline.bag_of_words(task),
     )
-
-
-def download() -> None:
-    """Fetch all text data of the paper profile from the hub (part of `make data`). Raises NotAvailable."""
-    hub.download()
-
-
-def _package_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in docstrings.PACKAGES}

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from effnn.base import InvalidInput, NotAvailable
+from effnn.base import InvalidInput
 from effnn.data import hub
+from effnn.data.files.reading import published_files
+from effnn.data.splits import unit_hash
 from effnn.data.text.encoding import EncodedSplit
-from effnn.data.text.task import unit_hash
 
 FILES = {"1.1": ("train-v1.1.json", "dev-v1.1.json"), "2.0": ("train-v2.0.json", "dev-v2.0.json")}
 _HUB = {"1.1": ("squad", "plain_text"), "2.0": ("squad_v2", "squad_v2")}
@@ -72,15 +73,9 @@ def load_squad(source: str | Path, version: str = "1.1") -> SquadTask:
         train, dev = (_from_table(tables[split]) for split in ("train", "validation"))
         where = hub.describe(*_HUB[version])
     else:
-        folder = Path(source).expanduser()
-        missing = [name for name in FILES[version] if not (folder / name).is_file()]
-        if missing:
-            raise NotAvailable(
-                f"SQuAD {version} was looked for in {folder}, where {' and '.join(missing)} cannot be found: "
-                f"give the folder that holds the published JSON files, or use the laptop profile, which needs no files"
-            )
-        train, dev = (read_json(folder / name) for name in FILES[version])
-        where = f"folder {folder}"
+        files = published_files(f"SQuAD {version}", source, FILES[version])
+        train, dev = (read_json(file) for file in files)
+        where = f"folder {files[0].parent}"
     held = {example.title for example in train if unit_hash(f"squad/{example.title}") < VALIDATION_SHARE}
     return SquadTask(
         f"squad-{version}",

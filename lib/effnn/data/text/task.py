@@ -119,8 +119,3 @@ class TextTask:
                 split = split.take(sorted(random.Random(f"{seed}/{name}").sample(range(len(split)), count)))
             smaller[name] = split
         return dataclasses.replace(self, **smaller)
-
-
-def unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone: the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,40 +1,29 @@
 """The built-in text task: to which package does a piece of documentation belong?
 
-Texts are runs of prose from the docstrings of scipy, pandas, matplotlib and the standard library, read with `ast` from
-the files that are installed: nothing is imported and nothing is downloaded. What would give the answer away (names,
-code, package names) is replaced by one neutral word. No ten words in a row stand in two splits. Versions of the
-packages decide the rows, so results compare only under equal fingerprints. This file does not tokenize; the corpus for
-language models is another loader's.
+Texts are runs of prose from the docstrings of scipy, pandas, matplotlib and the standard library. What would give the
+answer away (names, code, package names) is replaced by one neutral word. No ten words in a row stand in two splits.
 """
 
-import ast
-import importlib.util
 import logging
 import re
-import sysconfig
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnn.base import NotAvailable
-from effnn.data.text.task import Split, TextTask, unit_hash
+from effnn.data import docstrings
+from effnn.data.splits import split_files
+from effnn.data.text.task import Split, TextTask
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("scipy", "pandas", "matplotlib")
-LABELS = (*PACKAGES, "stdlib")
+LABELS = ("scipy", "pandas", "matplotlib", docstrings.STDLIB)
 NEUTRAL = "xnamex"  # one lower-case word, so that a tokenizer keeps it whole
 MIN_WORDS = 20
-DEV_SHARE, VALIDATION_SHARE = 0.16, 0.08  # of a package's rows, in whole files, before shared runs are dropped
+HELD_OUT = {"dev": 0.16, "validation": 0.08}  # of a package's rows, in whole files, before shared runs are dropped
 # Two texts that have so many words in a row in common are taken for near duplicates. Half of the shortest text: with
 # one word changed, a text of 20 words still has a run of ten in common with what it was.
 SHARED_RUN = MIN_WORDS // 2
-
-# Tests are left out because some distributions do not install them; the rest is other people's code.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_SKIPPED_FILE = re.compile(r"(test_.*|.*_tests?|conftest)\.py")
 
 _PACKAGE_WORDS = (
     "scipy|pandas|matplotlib|numpy|c?python|scikit|scikits|sklearn|pylab|pyplot|mpl|plt|np|pd|sp|pyarrow|cython|pypi"
@@ -49,7 +38,6 @@ _NAMES = [  # the order matters: a longer form is taken before the shorter one i
     re.compile(rf"\b(?:{_PACKAGE_WORDS})\d*\b", re.I),
 ]
 _REPEATED = re.compile(rf"{NEUTRAL}(?:\W+{NEUTRAL})+")
-_BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
 _FIELD = re.compile(r"[\w*, ]+ : ")  # "x : array_like, optional", the head of a numpydoc entry
 
 
@@ -64,44 +52,27 @@ class Row:
 
 def load() -> TextTask:
     """The docstring task from what is installed here; takes about 15 s (the front door caches it)."""
-    splits = split_rows(collect(locate()))
+    splits = split_rows(collect(docstrings.locate(LABELS)))
     made = {name: Split([r.text for r in part], [r.label for r in part]) for name, part in splits.items()}
     return TextTask("docstrings", LABELS, **made, source="builtin: docstrings of the installed packages")
 
 
-def locate() -> dict[str, Path]:
-    """Folder of each package's source files, by label; none of them is imported. Raises NotAvailable."""
-    folders = {"stdlib": Path(sysconfig.get_path("stdlib"))}
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise NotAvailable(
-                f"the built-in text task reads the docstrings of {name}: install it (pip install {name})"
-            )
-        folders[name] = Path(spec.submodule_search_locations[0])
-    return {name: folders[name] for name in LABELS}
-
-
 def collect(folders: Mapping[str, Path]) -> list[Row]:
-    """All runs of at least `MIN_WORDS` words, cleaned, in the order of label, file and place; no text occurs twice.
+    """All runs of at least `MIN_WORDS` words, neutral, in the order of label, file and place; no text occurs twice.
 
-    A text found in two packages is dropped altogether: it has no right answer.
+    A text found in two packages is dropped from both: it has no right answer.
     """
+    labels = {name: label for label, name in enumerate(folders)}
     first: dict[str, Row] = {}
     ambiguous: set[str] = set()
-    for label, (name, folder) in enumerate(folders.items()):
-        for path in sorted(_source_files(folder)):
-            file = f"{name}/{path.relative_to(folder).as_posix()}"
-            for docstring in _docstrings(path):
-                for run in prose_runs(docstring):
-                    if _word_count(run) < MIN_WORDS:
-                        continue
-                    text = neutralize(run)
-                    if _word_count(text) < MIN_WORDS:
-                        continue
-                    known = first.setdefault(text, Row(text, label, file))
-                    if known.label != label:
-                        ambiguous.add(text)
+    for file, found in docstrings.read(folders).items():
+        label = labels[file.partition("/")[0]]
+        for run in (run for text in found for run in prose_runs(text)):
+            # counted before, too, since making a text neutral takes most of the time
+            if _word_count(run) < MIN_WORDS or _word_count(text := neutralize(run)) < MIN_WORDS:
+                continue
+            if first.setdefault(text, Row(text, label, file)).label != label:
+                ambiguous.add(text)
     return [row for row in first.values() if row.text not in ambiguous]
 
 
@@ -112,7 +83,7 @@ def split_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     with a train row is dropped, and a dev row that has them in common with a train or validation row. Putting such
     files on one side instead would put half of all rows into one group.
     """
-    place = split_files(rows)
+    place = split_files(Counter(row.file for row in rows), HELD_OUT)
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "dev": []}
     for row in rows:
         splits[place[row.file]].append(row)
@@ -123,22 +94,6 @@ def split_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
         seen.update(*runs)
         log.info("docstrings: %s keeps %d of %d rows", name, len(splits[name]), len(part))
     return splits
-
-
-def split_files(rows: Sequence[Row]) -> dict[str, str]:
-    """Split ("train", "validation", "dev") of every file: neighbours in a file are alike, so they stay together.
-
-    The files of a package are ordered by the hash of their name; the first ones, up to the share of the package's rows,
-    are for dev, the next ones for validation. So each package has about the same share in every split.
-    """
-    sizes = Counter((row.label, row.file) for row in rows)
-    totals = Counter(row.label for row in rows)
-    place, used = {}, Counter()
-    for label, file in sorted(sizes, key=lambda item: unit_hash(item[1])):
-        share = used[label] / totals[label]
-        place[file] = "dev" if share < DEV_SHARE else "validation" if share < DEV_SHARE + VALIDATION_SHARE else "train"
-        used[label] += sizes[label, file]
-    return place
 
 
 def prose_runs(docstring: str) -> list[str]:
@@ -204,30 +159,3 @@ def _word_runs(text: str) -> set[str]:
     """All runs of `SHARED_RUN` words, without case and punctuation."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + SHARED_RUN]) for i in range(len(words) - SHARED_RUN + 1)}
-
-
-def _source_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*.py"):
-        inside = path.relative_to(folder)
-        if not _SKIPPED_FOLDERS.intersection(inside.parts[:-1]) and not _SKIPPED_FILE.fullmatch(inside.name):
-            yield path
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's files are not our reader's concern
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError) as error:  # templates and files for another Python are part of some packages
-        log.debug("skipped %s: %s", path, error)
-        return
-    # Only statements can hold a definition, and skipping the expressions saves a third of the time.
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
-        inner = [child for name in _BODIES for child in getattr(node, name, ())]
-        pending.extend(reversed(inner))
