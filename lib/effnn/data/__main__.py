@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(WORDS)}")
     corpora = [name for name in corpus_download.NAMES if name in given.what or "corpus" in given.what]
     try:
-        for word in given.what or ["text"]:
-            hub.download(WHOLE.get(word, ()))
+        for word in WHOLE:
+            if word in (given.what or ["text"]):
+                hub.download(WHOLE[word])
         if corpora:
             corpus_download.download(corpora, given.limit_tokens)
     except EffnnError as error:

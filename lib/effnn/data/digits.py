@@ -1,6 +1,6 @@
 """The built-in image task: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn (UCI, Alpaydin 1998).
 
-No files and no network. The splits are drawn once, by a fixed seed, each class in the same share: all tuning is done on
+No files and no network. The splits are drawn by a fixed seed, each class in the same share: all tuning is done on
 `validation`, and `dev` is read once, for reporting. The scans do not name their writers, so a writer may stand in two
 splits.
 """

@@ -1,7 +1,7 @@
 """Tokenizers for language-model corpora: characters, byte-level BPE, and one that somebody else trained.
 
 All of them come out the same on every run, and text never turns into the separator by itself: where a document holds
-the words "<|endoftext|>", they are encoded as text. WordPiece, for the encoder models, is in another file.
+the words "<|endoftext|>", they are encoded as text. WordPiece, for the encoder models, is in text/wordpiece.py.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Coder(Protocol):
 
 
 class Characters:
-    """One id a character: 0 for every unknown one, then the known ones in the order of their code points.
+    """One id per character: 0 for every unknown one, then the known ones in the order of their code points.
 
     known: the characters, newline among them. Documents are separated by two newlines.
     """
@@ -58,7 +58,7 @@ class Characters:
         self.separator = tuple(self.encode("\n\n"))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, one a character."""
+        """The ids of a text, one per character."""
         return self._lookup(text).tolist()
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -202,7 +202,9 @@ def _train_characters(texts: Iterable[str], vocab_size: int) -> Characters:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairs:
     if vocab_size < BYTES + 1:
-        raise InvalidInput(f"vocab_size={vocab_size}: byte-level BPE needs at least {BYTES + 1}, one id a byte and one")
+        raise InvalidInput(
+            f"vocab_size={vocab_size}: byte-level BPE needs at least {BYTES + 1}, one id per byte and one"
+        )
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

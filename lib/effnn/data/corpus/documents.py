@@ -1,7 +1,7 @@
 """Documents on their way to tokens: a stream of pieces, so that a file larger than the memory can be encoded.
 
-A document is cut only where byte-level BPE cuts anyway, so the ids do not depend on where the pieces end. What a
-document is, each source says itself; this file reads nothing and knows no tokenizer.
+A document is cut only where byte-level BPE cuts anyway, so the ids do not depend on where the pieces end. Each source
+decides what a document is; this file reads nothing and knows no tokenizer.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import NamedTuple
 SPLITS = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: `tokenizers` queues 256 pieces when it trains
 BATCH = 1 << 20  # characters that are encoded at once; the ids and what the tokenizer needs are some tens of MB
-# GPT-2's pattern keeps a space with the word after it and a newline for itself, and leaves one white-space character of
-# a run for what follows. So text may be cut before a space or newline that something else than white space follows.
+# GPT-2's pattern joins a space to the word after it, keeps a newline by itself, and leaves the last white-space
+# character of a run to what follows. So text may be cut before a space or newline with no white space after it.
 _BREAK = re.compile(r"[ \n](?=\S)")
 _TAIL = 1 << 12
 
@@ -29,9 +29,11 @@ class Piece(NamedTuple):
 class Documents:
     """Where the documents of a corpus come from.
 
+    name, source: of the corpus, for a person to read.
     identity: values that JSON can write and that change whenever a document changes; it enters the cache's key.
-    read: the pieces of a split ("train", "validation" or "test"), from the start at each call. characters: about how
-    many a split holds: 0 where there is no text for it. cut: train is the first part of a larger data set.
+    read: the pieces of a split ("train", "validation" or "test"), from the start at each call.
+    characters: about how many each split holds; 0 where there is no text for it.
+    cut: train is the first part of a larger data set.
     """
 
     name: str

@@ -17,7 +17,7 @@ from effnn.data.files.reading import clean
 
 NAMES = (*hub.CORPORA, *hub.TOKENIZERS)
 LIMIT_TOKENS = 1_000_000_000
-# GPT-2's BPE makes English text about 4.4 characters a token; more are fetched, so that the limit is reached.
+# GPT-2's BPE makes English text about 4.4 characters per token; more are fetched, so that the limit is reached.
 CHARACTERS_PER_TOKEN = 5
 HELD_OUT_CHARACTERS = 50_000_000  # of C4's validation split
 SHARD_CHARACTERS = 100_000_000
@@ -115,7 +115,7 @@ def _write_shard(path: Path, texts: list[str], characters: int) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.table({"text": texts}).reentry_schema_metadata({"characters": str(characters)})
+    table = pyarrow.table({"text": texts}).replace_schema_metadata({"characters": str(characters)})
     with atomic_path(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 

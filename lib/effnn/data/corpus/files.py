@@ -33,7 +33,7 @@ class Part:
     hashes: tuple[float, float] = (0.0, 1.0)
 
     def pieces(self) -> Iterator[Piece]:
-        """A text file's stretch as one document, or one document a row."""
+        """A text file's stretch as one document, or one document per row."""
         if not holds_rows(self.path):
             return in_pieces(read_text(self.path, self.start, self.stop))
         low, high = self.hashes

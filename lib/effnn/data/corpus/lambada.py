@@ -1,7 +1,7 @@
 """LAMBADA: passages whose last word a model is to guess (Paperno et al. 2016, arXiv 1606.06031).
 
 It is for evaluation alone: there is nothing to train on. Passages come from the hub's copy that GPT-2's authors
-prepared, or from a file. How a model is scored on them is not said here.
+prepared, or from a file. Scoring a model on them is not done here.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ class LambadaExample:
 def lambada_examples(source: str | Path = "hub") -> list[LambadaExample]:
     """The passages in their order, each parted before its last word.
 
-    source: "hub" (what was downloaded), or a file: rows with a text (.jsonl, .parquet), or one passage a line. Raises
-    NotAvailable for data that cannot be had here, and InvalidInput for a passage of fewer than two words.
+    source: "hub" (what was downloaded), or a file: rows with a text (.jsonl, .parquet), or one passage per line. Raises
+    NotAvailable for data that is not here, and InvalidInput for a passage of fewer than two words.
     """
     examples = []
     for number, passage in enumerate(_passages(source), 1):
@@ -65,5 +65,5 @@ def _passages(source: str | Path) -> Sequence[str]:
     found = list(read_rows(path)) if holds_rows(path) else "".join(read_text(path)).split("\n")
     passages = [passage for passage in found if passage.strip()]
     if not passages:
-        raise InvalidInput(f"{path} holds no passage: expected rows with a text, or one passage a line")
+        raise InvalidInput(f"{path} holds no passage: expected rows with a text, or one passage per line")
     return passages

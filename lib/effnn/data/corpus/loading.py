@@ -41,9 +41,11 @@ TRAINING_BATCHES = 100  # of about a megabyte
 class Corpus:
     """A tokenized corpus; equal fingerprints mean equal ids in every split and an equal tokenizer.
 
+    name: as it was asked for.
     train, validation, test: 1-D token ids, uint16 (uint32 for vocabularies above 65,535), memory-mapped and read-only.
-    tokenizer: pass it to another `load` to encode other text the same way. source: where the text came from, for a
-    person to read; it does not enter the fingerprint.
+    tokenizer: pass it to another `load` to encode other text the same way.
+    source: where the text came from, for a person to read; it does not enter the fingerprint.
+    fingerprint: sha256 over the tokenizer and the ids.
     """
 
     name: str
@@ -77,16 +79,16 @@ def load(
 ) -> Corpus:
     """The corpus from its source, encoded; the built-in one takes about 15 s once and is cached.
 
-    name: "docstrings" (built in), "text", or a corpus of the hub (`NAMES`). source: "builtin", "hub", or the path of a
-    file or folder; files.py says how that is split.
+    name: "docstrings" (built in), "text", or a corpus of the hub (`NAMES`).
+    source: "builtin", "hub", or the path of a file or folder (how that is split stands in files.py).
     tokenizer: "bpe" (byte-level BPE) or "character", trained on the first 100 MB of train; "gpt2"; the folder of a
     saved tokenizer; a fast one of transformers; or the tokenizer of another corpus. Documents are separated by one
     end-of-text token, or by two newlines among characters.
-    vocab_size: ids at most, of "bpe" (4096) or "character" (96, the unknown character included).
+    vocab_size: number of ids at most, of "bpe" (4096) or "character" (96, the unknown character included).
     limit_tokens: train is cut to so many; None takes all that is there.
 
     Raises InvalidInput for a choice that does not exist, files without text or of another kind, text that cannot be
-    read, and a limit beyond what was downloaded; NotAvailable for data or a tokenizer that cannot be had here;
+    read, and a limit beyond what was downloaded; NotAvailable for data or a tokenizer that is not here;
     CannotWrite where the disk takes no more.
     """
     if limit_tokens is not None and limit_tokens < 1:

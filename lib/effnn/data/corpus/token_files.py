@@ -1,4 +1,4 @@
-"""Token ids on the disk: one raw file a split, memory-mapped, with a checksum of each in a small JSON file beside them.
+"""Token ids on the disk: one raw file per split, memory-mapped, and a small JSON file with their checksums.
 
 The folder is written under a temporary name and renamed, so it is either whole or absent; what was damaged later is
 seen on loading. Ids are little-endian uint16, or uint32 for vocabularies above 65,535.

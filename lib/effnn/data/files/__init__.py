@@ -1,1 +1,1 @@
-"""Reading files by path: what a file holds, its text, its rows, and the clear error where it is not what was asked."""
+"""Reading files by path: what kind of file it is, its text, its rows, and one clear error for what cannot be read."""

@@ -34,7 +34,7 @@ _BLOCK = 1 << 20
 
 
 def check_text(path: Path) -> None:
-    """InvalidInput for a file without text (empty, a byte-order mark, white space alone) or of another kind than text.
+    """Raise InvalidInput for a file without text (empty, a byte-order mark, white space alone) or of another kind.
 
     Raises NotAvailable for a file that may not be read. Bytes further on that are not UTF-8 are found in reading.
     """
@@ -47,7 +47,7 @@ def check_text(path: Path) -> None:
 
 
 def check_rows(path: Path) -> None:
-    """InvalidInput for a file of rows that is empty or whose bytes are not what its name says; else as `check_text`."""
+    """Raise InvalidInput for a file of rows that is empty or not what its name says; else as `check_text`."""
     head, name = _head(path), path.name.lower()
     for suffix, beginning, kind in ((".gz", _GZIP, "compressed by gzip"), (".parquet", _PARQUET, "a Parquet file")):
         if name.endswith(suffix):

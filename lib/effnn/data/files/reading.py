@@ -37,7 +37,7 @@ def published_files(what: str, folder: str | Path, names: Sequence[str]) -> list
 
 
 def check_file(path: Path) -> None:
-    """InvalidInput for a file without text or of another kind than its name says; NotAvailable if it is not readable.
+    """Raise InvalidInput for a file without text or not of the kind that its name says, NotAvailable if not readable.
 
     Looks at the beginning alone, except for a file of white space; what is wrong further on is found in reading.
     """

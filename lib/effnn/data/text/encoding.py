@@ -1,7 +1,7 @@
 """From a text task to batches of token ids: tokenized splits, padded batches, and the calibration draw of the pruner.
 
-Batches are padded to their own longest row, and rows of like length share a batch, since a padding token costs as much
-as a real one. Order depends on the seed and the epoch alone. No model is known here.
+Batches are padded to their own longest row, and rows of similar length share a batch, since a padding token costs as
+much as a real one. Order depends on the seed and the epoch alone. No model is known here.
 """
 
 from collections.abc import Iterator
@@ -79,9 +79,12 @@ def loader(
 ) -> DataLoader:
     """Batches `dict(input_ids (B, S), attention_mask (B, S), labels (B,))`, S the longest row of the batch.
 
+    rows: tokenized rows; for pairs a batch holds `token_type_ids` (B, S) too.
+    batch_size: rows per batch; the last one may hold fewer.
     shuffle: a new order for every (seed, epoch), the same on every run; make a new loader for each epoch.
-    bucket: rows of like length share a batch. For evaluation (`shuffle=False`) this sorts all rows by length;
-    switch it off to keep the order of the split. For pairs a batch holds `token_type_ids` (B, S) too.
+    bucket: rows of similar length share a batch. Without `shuffle` this sorts all rows by length; switch it off to keep
+        the order of the split.
+    seed, epoch: of the order.
     """
     if batch_size < 1 or not len(rows):
         raise InvalidInput(f"a loader needs rows and a batch size of at least 1, got {len(rows)} rows, {batch_size}")
@@ -100,6 +103,11 @@ def calibration_loader(
     max_length: int = 128,
 ) -> DataLoader:
     """Batches of `rows` training rows drawn with replacement, in the order of the draw, the same on every pass.
+
+    task, tokenizer: whose training rows are taken, and what encodes them.
+    rows, batch_size: rows in all, and per batch.
+    seed: of the draw.
+    max_length: tokens per row at most.
 
     Source: post-training pruning draws its calibration rows this way (Kwon et al. 2022; 2048 rows, batches of 32).
     """

@@ -23,9 +23,13 @@ log = logging.getLogger(__name__)
 class Format:
     """Columns of one task's files.
 
-    labels: names of the classes in the order of their indices; empty for scores (then 0 to 5). text, label: column
-    names in the header line, or column numbers (int) where the file has no header. written: how each class is written
-    in the file. hub_text: the hub's names of the text columns. dev, hub_dev: stem of the dev file, the hub's split.
+    labels: names of the classes in the order of their indices; empty for scores (then 0 to 5).
+    text, label: column names in the header line, or column numbers (int) where the file has no header.
+    written: how each class is written in the file.
+    hub_text: the hub's names of the text columns.
+    columns: their number, where the file has no header.
+    config: the hub's configuration, where it is not named as the task.
+    dev, hub_dev: stem of the dev file, and the hub's split.
     short_rows: rows of too few columns that the published training file is known to hold; they are skipped.
     """
 
@@ -93,8 +97,8 @@ def load_hub(name: str, seed: int = 0) -> TextTask:
 def read_tsv(path: str | Path, layout: Format) -> Split:
     """The rows of one labelled file in their order. Raises InvalidInput naming file and line.
 
-    Quotation marks are text, as in csv.QUOTE_NONE: the files were written without quoting, so a line is a row and a
-    tab is a border, always. Only "\\n" ends a line; other Unicode line ends occur inside sentences.
+    The files were written without quoting, so quotation marks are text, every tab is a border and every line is a row.
+    Only "\\n" ends a line; other Unicode line ends occur inside sentences.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n")

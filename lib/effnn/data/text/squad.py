@@ -28,7 +28,13 @@ VALIDATION_SHARE = 0.05  # of the training articles
 
 @dataclass(frozen=True)
 class SquadExample:
-    """A question on a paragraph, with its accepted answers and the character each begins at; none: unanswerable."""
+    """A question on a paragraph.
+
+    id, title: of the question, and of the article.
+    question, context: the question, and the paragraph.
+    answers: the accepted answers; none where the question cannot be answered.
+    starts: the character of the paragraph at which each answer begins.
+    """
 
     id: str
     title: str
@@ -40,7 +46,13 @@ class SquadExample:
 
 @dataclass(frozen=True)
 class SquadTask:
-    """The examples of each split; `validation` is carved out of the training articles, `dev` is for reporting."""
+    """The examples of each split.
+
+    name: "squad-" and the version.
+    train, validation: the training articles, parted by a hash of their titles.
+    dev: the published development set, for reporting.
+    source: where the files came from, for a person to read.
+    """
 
     name: str
     train: list[SquadExample]

@@ -29,7 +29,7 @@ class Split:
     def __post_init__(self) -> None:
         lengths = {len(self.texts), len(self.label), len(self.texts if self.texts_b is None else self.texts_b)}
         if len(lengths) != 1:
-            raise InvalidInput(f"a split needs one label (and one second text) a text, got lengths {sorted(lengths)}")
+            raise InvalidInput(f"a split needs one label (and one second text) per text, got lengths {sorted(lengths)}")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,7 +40,7 @@ class Split:
         return Split([self.texts[i] for i in rows], [self.label[i] for i in rows], second)
 
     def joined(self) -> list[str]:
-        """One string a row: the text, or both texts of a pair with a space between them."""
+        """One string per row: the text, or both texts of a pair with a space between them."""
         if self.texts_b is None:
             return list(self.texts)
         return [f"{a} {b}" for a, b in zip(self.texts, self.texts_b, strict=True)]
@@ -50,8 +50,11 @@ class Split:
 class TextTask:
     """A text classification (or regression) task; equal fingerprints mean equal rows in equal order.
 
-    labels: names of the classes, in the order of their indices; empty for regression. source: where the rows came from,
-    for a person to read; it does not enter the fingerprint, so the same files in another folder are the same data.
+    name: of the task.
+    labels: names of the classes, in the order of their indices; empty for regression.
+    train, validation, dev: the splits; choices are made on validation, and dev is read once, for reporting.
+    source: where the rows came from, for a person to read; it does not enter the fingerprint, so the same files in
+        another folder are the same data.
     """
 
     name: str

@@ -89,7 +89,7 @@ def test_wrong_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     with pytest.raises(NotAvailable, match=r"train-v1\.1\.json and dev-v1\.1\.json.*laptop profile"):
         text.load_squad(tmp_path)
-    with pytest.raises(NotAvailable, match="rajpurkar/squad_v2.*make data.*local path"):
+    with pytest.raises(NotAvailable, match="rajpurkar/squad_v2.*python -m effnn.data download squad.*local path"):
         text.load_squad("hub", "2.0")
     with pytest.raises(InvalidInput, match=r"choose 1\.1 or 2\.0"):
         text.load_squad("hub", "3")

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 from effnn import paths
 from effnn.base import InvalidInput
 from effnn.data import text
-from effnn.data.text import wordpiece
+from effnn.data.text import loading, wordpiece
 
 PROGRAM = """
 import random
-from effnn.data.text import wordpiece
+from effnn.data.text import loading, wordpiece
 draw = random.Random(0)
 words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(300)]
 print(wordpiece.fingerprint(wordpiece.train_wordpiece([" ".join(words)] * 2, 300)))
@@ -100,6 +100,6 @@ def test_another_version_of_the_trainer_trains_again(tmp_path, monkeypatch):
     rows = text.Split(["one"] * 2, [0, 1])
     task = text.TextTask("toy", ("a", "b"), rows, rows, rows, "here")
     for version in ("1.0", "1.0", "2.0"):
-        monkeypatch.setattr(text.importlib.metadata, "version", lambda name, v=version: v)
+        monkeypatch.setattr(loading.importlib.metadata, "version", lambda name, v=version: v)
         text.tokenizer_for(task, 50)
     assert len(trained) == 2

@@ -14,16 +14,11 @@ import pytest
 
 from effnn import paths
 from effnn.base import CannotWrite, InvalidInput, NotAvailable
-from effnn.data import corpus, file_kinds
-from effnn.data.corpus import coders as tokens
+from effnn.data import corpus
 from effnn.data.corpus import token_files
+from effnn.data.files import kinds
 
 TEXT = "a line of words, and one more\n" * 300
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
 
 
 def load(path: Path, tokenizer: str = "character") -> corpus.Corpus:
@@ -123,7 +118,7 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(file_kinds.Path, "open", refused)
+    monkeypatch.setattr(kinds.Path, "open", refused)
     with pytest.raises(NotAvailable, match=r"a.txt cannot be read \(Permission denied\): make it readable"):
         load(path)
 
@@ -140,11 +135,3 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
             load(path)
     assert not [entry for entry in paths.CACHE.rglob("*") if entry.is_file()]
     assert len(load(path).train)
-
-
-def test_ids_that_are_no_whole_numbers_are_refused():
-    coder = tokens.train("character", ["abc\n"])
-    assert coder.decode(np.array([2, 3], ">u2")) == "ab"
-    for ids in ([1.7], np.array([1.0]), np.ones((2, 2), int), "ab", [None], 5):
-        with pytest.raises(InvalidInput, match="expected token ids, whole numbers in one dimension"):
-            coder.decode(ids)
