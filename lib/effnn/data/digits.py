@@ -25,9 +25,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, size: int, order: Tensor | None = None) -> list[dict[str, Tensor]]:
-        """Mini-batches of model inputs (`pixel_values`, `labels`) of rows in the given order (default: as they lie)."""
-        order = torch.arange(len(self)) if order is None else order
+    def take(self, rows: Tensor) -> "Images":
+        """The given rows, in the given order; a row may be taken more than once."""
+        return Images(self.pixels[rows], self.labels[rows])
+
+    def batches(self, size: int, *, shuffle: bool = False, seed: int = 0, epoch: int = 0) -> list[dict[str, Tensor]]:
+        """Mini-batches of model inputs (`pixel_values`, `labels`).
+
+        shuffle: a new order for every (seed, epoch), the same on every run; else the rows as they lie.
+        """
+        # a plain sum of seed and epoch would give seed 0 epoch 1 the order of seed 1 epoch 0
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
         return [{"pixel_values": self.pixels[rows], "labels": self.labels[rows]} for rows in order.split(size)]
 
 

@@ -35,6 +35,10 @@ class EncodedSplit(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.rows[index]
 
+    def batches(self, size: int, *, shuffle: bool = False, seed: int = 0, epoch: int = 0) -> DataLoader:
+        """The batches of `loader`, rows of similar length together."""
+        return loader(self, size, shuffle=shuffle, seed=seed, epoch=epoch)
+
 
 @dataclass(frozen=True)
 class EncodedTask:

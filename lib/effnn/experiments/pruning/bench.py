@@ -144,7 +144,7 @@ def _rows(count: int) -> list[dict[str, Tensor]]:
 
 def _plain_ltp():
     """The plain versions that the tests hold ours against, loaded from lib/tests."""
-    spec = importlib.util.spec_from_file_location("plain_ltp", paths.TESTS / "plain_ltp.py")
+    spec = importlib.util.spec_from_file_location("plain_ltp", paths.TESTS / "plain" / "ltp.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

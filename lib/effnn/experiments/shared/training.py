@@ -1,23 +1,30 @@
-"""The training loop of the notebooks' small classifiers: AdamW, linear warm-up and decay, one epoch at a time.
+"""The training loop of the notebooks' small classifiers, of texts and images: AdamW, linear warm-up and decay.
 
 An epoch is the unit of resuming: the state after each one is handed to the caller, and starting again from that state
 gives the same weights as never having stopped. Nothing here knows tasks, tokenizers or the cache.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from effnn.base import InvalidInput
-from effnn.data.text.encoding import EncodedSplit, loader
 
 EVALUATION_BATCH = 128
+
+
+class Rows(Protocol):
+    """Rows of one split: tokenized texts (`EncodedSplit`) or `Images`."""
+
+    def batches(
+        self, size: int, *, shuffle: bool = False, seed: int = 0, epoch: int = 0
+    ) -> Collection[dict[str, torch.Tensor]]:
+        """Model inputs with labels, `size` rows at a time; shuffled, a new order for every (seed, epoch)."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,12 @@ class Accuracy:
 class Recipe:
     """How to train with AdamW.
 
-    epochs: passes over the rows. learning_rate: the highest; it is reached after the share `warmup` of all steps.
-    weight_decay: of matrices; biases and norms have none. seed: of the order of the rows and of dropout.
+    epochs: passes over the rows.
+    batch_size: rows per step.
+    learning_rate: the highest; it is reached after the share `warmup` of all steps.
+    warmup: share of the steps in which the learning rate rises.
+    weight_decay: of matrices; biases and norms have none.
+    seed: of the order of the rows and of dropout.
     """
 
     epochs: int = 3
@@ -53,7 +64,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run is: everything that the next epoch depends on besides the rows and the recipe."""
+    """Where a training run is: everything that the next epoch depends on besides the rows and the recipe.
+
+    epoch: how many are finished.
+    seconds: wall time of their steps.
+    curve: loss and accuracy on validation after each of them.
+    model, optimizer: state dicts.
+    generator: state of torch's random numbers.
+    """
 
     epoch: int
     seconds: float
@@ -65,8 +83,8 @@ class Progress:
 
 def fit(
     model: nn.Module,
-    rows: EncodedSplit,
-    validation: EncodedSplit,
+    rows: Rows,
+    validation: Rows,
     recipe: Recipe,
     *,
     progress: Progress | None = None,
@@ -75,11 +93,18 @@ def fit(
 ) -> Progress:
     """Train all weights of `model` in place; the accuracy on `validation` follows each epoch. Returns the final state.
 
-    progress: the state to go on from. after_epoch: called with the state after every epoch but the last.
-    seconds count the training steps alone. The model ends in eval mode. Raises InvalidInput if the loss is not finite.
+    The model ends in eval mode; hooks on it (masks) stay in force. Raises InvalidInput if the loss is not finite.
+
+    model: trained in place, on the device that it is on.
+    rows, validation: what is trained on, and what the accuracy is read on.
+    recipe: how to train.
+    progress: the state to go on from.
+    after_epoch: called with the state after every epoch but the last; neither its time nor what it draws from torch's
+        generator changes the training or its seconds.
+    label: of the progress bar.
     """
     optimizer = _optimizer(model, recipe)
-    steps = len(loader(rows, recipe.batch_size))
+    steps = len(rows.batches(recipe.batch_size))
     epoch, seconds, curve = 0, 0.0, ()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -93,22 +118,23 @@ def fit(
                 start = time.perf_counter()
                 run_epoch(model, optimizer, rows, recipe, epoch, bar)
                 seconds += time.perf_counter() - start
-                curve = (*curve, evaluate(model, loader(validation, EVALUATION_BATCH)))
+                curve = (*curve, evaluate(model, validation.batches(EVALUATION_BATCH)))
                 bar.set_postfix_str(f"validation {curve[-1].accuracy:.3f}")
                 epoch += 1
                 progress = Progress(
                     epoch, seconds, curve, model.state_dict(), optimizer.state_dict(), torch.get_rng_state()
                 )
                 if after_epoch is not None and epoch < recipe.epochs:
-                    after_epoch(progress)
+                    with torch.random.fork_rng():
+                        after_epoch(progress)
     return progress
 
 
 def run_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rows: EncodedSplit, recipe: Recipe, epoch: int, bar: tqdm
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, recipe: Recipe, epoch: int, bar: tqdm
 ) -> None:
-    """One pass over `rows` in the order of (seed, epoch); the learning rate follows from the epoch's number."""
-    batches = loader(rows, recipe.batch_size, shuffle=True, seed=recipe.seed, epoch=epoch)
+    """All of `rows` once, in the order of (seed, epoch); the learning rate follows from the epoch's number."""
+    batches = rows.batches(recipe.batch_size, shuffle=True, seed=recipe.seed, epoch=epoch)
     device = next(model.parameters()).device
     model.train()
     for step, batch in enumerate(batches, len(batches) * epoch):
@@ -131,7 +157,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: DataLoader) -> Accuracy:
+def evaluate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> Accuracy:
     """Loss and accuracy of `model`, in eval mode, on labelled batches; the model is left in eval mode."""
     model.eval()
     device = next(model.parameters()).device

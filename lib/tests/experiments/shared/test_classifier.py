@@ -1,5 +1,6 @@
 """Small classifiers: a planted task is learned, runs repeat, resume after a kill, and come from the cache."""
 
+import dataclasses
 import os
 from collections import OrderedDict
 
@@ -10,9 +11,10 @@ from helpers.planted import TINY, planted_task
 
 from effnn import paths
 from effnn.base import InvalidInput
-from effnn.data import text
-from effnn.experiments.shared import classifier, training
-from effnn.experiments.shared.classifier import ClassifierConfig, evaluate, fine_tune, train_classifier
+from effnn.data import digits, text
+from effnn.experiments.shared import classifier, models, training
+from effnn.experiments.shared.classifier import evaluate, train_classifier
+from effnn.experiments.shared.models import VIT, ClassifierConfig
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def _equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", classifier.FAMILIES)
+@pytest.mark.parametrize("family", models.TEXT_FAMILIES)
 def test_every_family_learns_a_planted_task(family):
     trained = train_classifier(planted_task(), ClassifierConfig(**TINY, family=family))
     assert trained.accuracy > 0.9 and len(trained.accuracy_curve) == 3
@@ -40,7 +42,7 @@ def test_every_family_learns_a_planted_task(family):
     assert again.accuracy == trained.accuracy and again.loss == pytest.approx(trained.dev.loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", classifier.FAMILIES)
+@pytest.mark.parametrize("family", models.TEXT_FAMILIES)
 def test_pairs_of_texts_work_in_every_family(family):
     trained = train_classifier(planted_task(60, pairs=True), ClassifierConfig(**(TINY | {"epochs": 1}), family=family))
     assert trained.dev.n == 60
@@ -140,11 +142,30 @@ def test_fine_tuning_trains_the_given_model_under_its_hooks():
     before = evaluate(trained.model, text.loader(rows.dev))
     calls = []
     hook = trained.model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: calls.append(1))
-    result = fine_tune(trained.model, rows, epochs=2, learning_rate=5e-3, batch_size=16)
+    end = training.fit(trained.model, rows.train, rows.validation, training.Recipe(2, 16, 5e-3))
     hook.remove()
-    assert result.model is trained.model and len(result.accuracy_curve) == 2 and result.seconds > 0
+    assert len(end.curve) == 2 and end.seconds > 0
     assert evaluate(trained.model, text.loader(rows.dev)).loss < before.loss
     assert calls
+
+
+def test_a_vit_learns_repeats_and_comes_from_the_cache(monkeypatch):
+    task = digits.load()
+    config = dataclasses.replace(VIT, epochs=6, layers=2, hidden=32, ffn=64, learning_rate=3e-3)
+    first = train_classifier(task, config)
+    assert first.dev.accuracy > 3 * task.majority() and not first.model.training
+    again = models.build_model(task, config)
+    torch.manual_seed(5)  # the caller's generator must not matter
+    training.fit(again, task.train, task.validation, config.recipe())
+    assert _equal(again.state_dict(), _weights(first))
+    monkeypatch.setattr(classifier, "fit", None)
+    assert train_classifier(task, config).seconds == first.seconds
+
+
+def test_families_and_rows_that_do_not_go_together_are_refused():
+    for task, family in ((planted_task(60), "vit"), (digits.load(), "bert")):
+        with pytest.raises(InvalidInput, match=f"{family} does not take the rows of {task.name}"):
+            train_classifier(task, ClassifierConfig(**TINY, family=family))
 
 
 def test_schedule_rises_and_falls_to_zero():
@@ -182,6 +203,8 @@ def test_evaluation_weighs_rows_and_not_batches():
         ({"hidden": 30, "heads": 4}, "cannot be divided"),
         ({"epochs": 0}, "epochs >= 1"),
         ({"learning_rate": -1.0}, "learning_rate > 0"),
+        ({"family": "vit", "hidden": 30, "heads": 4}, "cannot be divided"),
+        ({"family": "vit", "epochs": 0}, "epochs >= 1"),
     ],
 )
 def test_wrong_configurations_are_refused(wrong, message):
@@ -201,6 +224,6 @@ def test_sst2_from_scratch_reaches_three_quarters():
         pytest.skip("set EFFNN_SST2 to a folder of the published SST-2 TSV files to run this")
     profile = yaml.safe_load((paths.PROFILES / "sst2.yml").read_text())["01_post_training_pruning"]
     names = ("layers", "hidden", "heads", "ffn", "epochs", "max_length")  # what the notebook trains
-    configs = [classifier.SST2, ClassifierConfig(**{name: profile[name] for name in names})]
+    configs = [models.SST2, ClassifierConfig(**{name: profile[name] for name in names})]
     for config in configs:
         assert train_classifier(text.load("sst2", source=folder), config).accuracy >= 0.75
