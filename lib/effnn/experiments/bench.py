@@ -1,9 +1,9 @@
 """`make bench`, or `python -m effnn.experiments.bench [KEY]`: measures the keys of data/bench.csv beside their bars.
 
-A key is one ratio of two things that run in turn in one process; its figure is the median of five runs (rounds; of
-three where one takes minutes), after a warm-up, and every run is kept with its load average. The code of a key stands
-in `bench_<method>`; keys of methods that are not built yet are listed as such. Results of keys that were not asked for
-stay in results/bench.json.
+A key is one ratio of two things that run in turn in one process; its figure is the median of five runs (three where a
+run takes minutes), after a warm-up, and every run is kept with its load average. The code of a key stands in the
+`bench.py` of its notebook's folder; keys of methods that are not built yet are listed as such. Results of keys that were
+not asked for stay in results/bench.json.
 """
 
 import argparse
@@ -36,8 +36,14 @@ BENCHMARKS: dict[str, Callable[[], Measured]] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One measured key beside its bar."""
+class KeyResult:
+    """One measured key beside its bar.
+
+    key, bar: of data/bench.csv.
+    median: of the runs.
+    met: whether the median keeps the bar, and every bounded detail its bound.
+    runs: the figure of each run.
+    """
 
     key: str
     bar: str
@@ -56,10 +62,10 @@ def keys(part: str = "") -> list[str]:
     return chosen
 
 
-def run(part: str = "") -> list[Outcome]:
+def run(part: str = "") -> list[KeyResult]:
     """Measure the keys of a part, writing results/bench.json after each; returns those that could be measured."""
     bars = pd.read_csv(paths.BENCH_BARS).set_index("key")
-    outcomes = []
+    results = []
     for key in keys(part):
         if key not in BENCHMARKS:
             log.info("%s: not built yet", key)
@@ -71,8 +77,8 @@ def run(part: str = "") -> list[Outcome]:
         median = statistics.median(measured.runs)
         _store(key, measured, row, provenance.gather("bench", {"threads": measured.threads}, started=started))
         met = Rule.parse(row.bar).holds(median) and measured.within_bounds()
-        outcomes.append(Outcome(key, row.bar, median, met, measured.runs))
-    return outcomes
+        results.append(KeyResult(key, row.bar, median, met, measured.runs))
+    return results
 
 
 def _store(key: str, measured: Measured, row: pd.Series, origin: dict[str, object]) -> None:
@@ -102,13 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("key", nargs="?", default="", help="a key or the beginning of one, such as ltp; default: all")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        outcomes = run(parser.parse_args(arguments).key)
+        results = run(parser.parse_args(arguments).key)
         write_claims()
     except EffnnError as error:
         print(error, file=sys.stderr)
         return 2
     print(bench_table())
-    return int(not all(outcome.met for outcome in outcomes))
+    return int(not all(result.met for result in results))
 
 
 if __name__ == "__main__":

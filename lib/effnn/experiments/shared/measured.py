@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Measured:
-    """runs: the ratio of every round. load: load average at the start of each. seconds: name -> seconds of every round.
+    """The runs of one key.
 
-    threads: torch's threads in this process. details: other figures worth keeping, such as peak memory in bytes. A
-    detail whose name ends in `_over_bound` is held to at most 1: the key meets its bar only if this one does too.
+    runs: the ratio of every round.
+    load: load average at the start of each.
+    seconds: name -> seconds of every round.
+    threads: torch's threads in this process.
+    note: what a reader should know, in words.
+    details: other figures worth keeping, such as peak memory in bytes. A detail whose name ends in `_over_bound` is
+        held to at most 1: the key meets its bar only if this one does too.
     """
 
     runs: tuple[float, ...]
