@@ -1,9 +1,9 @@
 """`make bench`, or `python -m effnn.experiments.bench [KEY]`: measures the keys of data/bench.csv beside their bars.
 
-A key is one ratio of two things that run in turn in one process; its figure is the median of five runs (three where a
-run takes minutes), after a warm-up, and every run is kept with its load average. The code of a key stands in the
-`bench.py` of its notebook's folder; keys of methods that are not built yet are listed as such. Results of keys that were
-not asked for stay in results/bench.json.
+A key is one ratio of two things that run in turn in one process; its figure is the median of five runs (three where
+a run takes minutes), after a warm-up, and every run is kept with its load average. The code of a key stands in the
+`bench.py` of its notebook's folder; keys of methods that are not built yet are listed as such. Results of keys that
+were not asked for stay in results/bench.json.
 """
 
 import argparse
