@@ -1,0 +1,1 @@
+"""Texts, corpora and images; README.md says what is where."""

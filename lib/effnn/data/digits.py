@@ -42,7 +42,12 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Three splits of ten classes."""
+    """The task: rows of ten classes, an image each.
+
+    train, validation, dev: the splits; choices are made on validation, and dev is read once, for reporting.
+    name: of the task.
+    num_labels: outputs a model needs.
+    """
 
     train: Images
     validation: Images

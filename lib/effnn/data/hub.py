@@ -179,7 +179,12 @@ def download(names: Iterable[str]) -> list[Path]:
 
 
 def check_size(name: str, config: str, split: str, have: int, rows: int | None) -> None:
-    """Raise InvalidInput for a split of another size than the pinned one (None: of any size)."""
+    """Raise InvalidInput for a split of another size than the pinned one.
+
+    name, config, split: what was read.
+    have: rows that were found.
+    rows: rows that are pinned; None for any number.
+    """
     if rows not in (None, have):
         raise InvalidInput(f"{TABLE[name].id} ({config}): split {split} holds {have} rows, {rows} were expected")
 

@@ -1,6 +1,6 @@
 """Language-model corpora, built in, from files and from the hub: see loading.py for the front door."""
 
 from effnn.data.corpus.lambada import LambadaExample, lambada_examples
-from effnn.data.corpus.loading import NAMES, Corpus, check_length, load
+from effnn.data.corpus.loading import NAMES, Corpus, load
 
-__all__ = ["NAMES", "Corpus", "LambadaExample", "check_length", "lambada_examples", "load"]
+__all__ = ["NAMES", "Corpus", "LambadaExample", "lambada_examples", "load"]

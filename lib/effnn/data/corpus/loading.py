@@ -124,17 +124,6 @@ def load(
     return corpus
 
 
-def check_length(ids: np.ndarray, context: int) -> None:
-    """Raise InvalidInput where `ids` are too few for one context of that many tokens and the target of its last one."""
-    if context < 1:
-        raise InvalidInput(f"context={context}: expected at least 1 token")
-    if len(ids) < context + 1:
-        raise InvalidInput(
-            f"a context of {context} tokens needs at least {context + 1} of them, found {len(ids)}: take a shorter "
-            f"context or more text"
-        )
-
-
 def _documents(name: str, source: str | Path) -> Documents:
     if name not in NAMES:
         raise InvalidInput(f"unknown corpus {name!r}: choose one of {', '.join(NAMES)}")

@@ -1,7 +1,7 @@
 """Text classification and question answering, built in, from files and from the hub: loading.py is the front door."""
 
 from effnn.data.text.baseline import BagOfWords
-from effnn.data.text.encoding import EncodedSplit, EncodedTask, calibration_loader, encode, encode_split, loader
+from effnn.data.text.encoding import EncodedSplit, calibration_loader, encode_split, loader
 from effnn.data.text.loading import TASKS, bag_of_words, load, tokenizer_for
 from effnn.data.text.squad import SquadExample, SquadTask, load_squad, squad_features
 from effnn.data.text.task import Split, TextTask
@@ -11,14 +11,12 @@ __all__ = [
     "TASKS",
     "BagOfWords",
     "EncodedSplit",
-    "EncodedTask",
     "Split",
     "SquadExample",
     "SquadTask",
     "TextTask",
     "bag_of_words",
     "calibration_loader",
-    "encode",
     "encode_split",
     "fingerprint",
     "load",

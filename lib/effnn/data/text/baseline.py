@@ -28,7 +28,7 @@ class BagOfWords:
 def bag_of_words(task: TextTask) -> BagOfWords:
     """Fit the six settings on `train`, choose on `validation`, report on `dev`; seconds to a minute.
 
-    Raises InvalidInput for a regression task (see `TextTask.classification`).
+    Raises InvalidInput for a regression task.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -5,7 +5,6 @@ much as a real one. Order depends on the seed and the epoch alone. No model is k
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,22 +39,10 @@ class EncodedSplit(Dataset):
         return loader(self, size, shuffle=shuffle, seed=seed, epoch=epoch)
 
 
-@dataclass(frozen=True)
-class EncodedTask:
-    """The three splits of a task, tokenized."""
-
-    train: EncodedSplit
-    validation: EncodedSplit
-    dev: EncodedSplit
-
-
-def encode(task: TextTask, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> EncodedTask:
-    """Tokenize all splits, cut to `max_length` tokens (of a pair, the longer text is cut first)."""
-    return EncodedTask(**{name: encode_split(part, tokenizer, max_length) for name, part in task.splits().items()})
-
-
 def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> EncodedSplit:
-    """Tokenize one split. Raises InvalidInput for a tokenizer without padding or a length without room for text."""
+    """Tokenize one split, cut to `max_length` tokens per row (of a pair, the longer text is cut first).
+
+    Raises InvalidInput for a tokenizer without padding or a length without room for text."""
     if tokenizer.pad_token_id is None:
         raise InvalidInput("the tokenizer has no padding token: set tokenizer.pad_token, e.g. to its eos_token")
     pairs = split.texts_b is not None

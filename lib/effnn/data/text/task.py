@@ -75,19 +75,9 @@ class TextTask:
         return not self.labels
 
     @property
-    def classification(self) -> bool:
-        """True where labels are classes: only then are there `majority` and the bag-of-words baseline."""
-        return bool(self.labels)
-
-    @property
     def num_labels(self) -> int:
         """Outputs a model needs: the number of classes, or 1 for regression."""
         return len(self.labels) or 1
-
-    @property
-    def pairs(self) -> bool:
-        """True where each row is a pair of texts."""
-        return self.train.texts_b is not None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,7 +96,7 @@ class TextTask:
     def majority(self) -> float:
         """Share of the commonest class of `dev`: what a model that ignores its input reaches.
 
-        Raises InvalidInput for a regression task (see `classification`).
+        Raises InvalidInput for a regression task.
         """
         if self.regression:
             raise InvalidInput(f"{self.name} is a regression task: it has no majority class")

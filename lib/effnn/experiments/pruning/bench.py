@@ -18,7 +18,7 @@ from effnn.experiments.shared.measured import Measured
 from effnn.experiments.shared.pool import cores
 
 ROUNDS = 5
-LONG_ROUNDS = 3  # of what takes minutes a round; its warm-up is one mini-batch
+LONG_ROUNDS = 3  # of what takes minutes per round; its warm-up is one mini-batch
 ROWS, LENGTH, BATCH = 256, 128, 32
 
 
@@ -44,7 +44,7 @@ def prune_over_training_pass() -> Measured:
 
 
 def peak_memory(model: BertForSequenceClassification, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Bytes: peak of a pruning with the model counted in, and the parts of the bound that it must not exceed.
+    """Peak memory of a pruning, the model included, and the parts of the bound that it must not exceed; in bytes.
 
     bound = 1.1 * (model + hidden states of all rows entering one layer, teacher and student + activations of a batch);
     the activations are measured as what a calibration of one batch takes above the model.

@@ -1,4 +1,4 @@
-"""The figures of notebook 01, from the DataFrames of `pruning`. Drawing only: nothing is measured or chosen here."""
+"""The figures of notebook 01, from the DataFrames of the other files. Drawing only: nothing is measured here."""
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ STAGE_TITLES = {"dense": "dense", "search": "after search", "rearrange": "after 
 
 
 def draw_pipeline(stages: dict[str, ltp.Masks], budget: float) -> Figure:
-    """The masks, one column a stage: heads above, filters below. Grey is pruned; colours are the scales of kept units.
+    """The masks, one column per stage: heads above, filters below. Grey is pruned; colours are scales of kept units.
 
     Filters of a layer stand in the order of the number of stages that keep them, so that equal masks look equal.
     """
@@ -63,7 +63,7 @@ def _draw_scales(ax: Axes, mask: Tensor, title: str) -> AxesImage:
 def draw_tradeoff(frame: pd.DataFrame, baselines: dict[str, float], title: str = "Accuracy against compute") -> Figure:
     """Dev accuracy against the share of MACs, mean over seeds; retraining as points.
 
-    Bands are 95 % intervals. The competitors' runs scatter too widely for a band: each is a small dot.
+    Bands are 95 % intervals. The competitors' runs scatter too widely for a band, so each run is a small dot.
     baselines: name -> accuracy of horizontal lines (bag of words, majority).
     """
     fig, ax = new_figure(width=7.6, height=4.8)

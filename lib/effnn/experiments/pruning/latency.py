@@ -31,9 +31,9 @@ class TimedBatch:
 def latency_curves(trained: TrainedClassifier, masks: dict[float, ltp.Masks], timed: TimedBatch) -> pd.DataFrame:
     """Counted MACs, and the measured latency of the masked and of the shrunk model, as shares of the dense model's.
 
-    masks: budget -> masks. All variants take turns in one run. Columns: budget, mac_ratio, dense_ms,
-    masked, masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by
-    round), load (highest load average).
+    masks: budget -> masks. All variants take turns in one run. Columns: budget, mac_ratio, dense_ms, masked,
+    masked_low, masked_high, shrunk, shrunk_low, shrunk_high, speedup (median of dense / shrunk, round by round), load
+    (highest load average).
     """
     model = trained.model
     inputs = random_inputs(model, timed.batch, timed.seq_len)[0]

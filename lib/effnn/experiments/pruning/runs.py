@@ -76,7 +76,14 @@ class Pruned:
 
 
 def load_task(profile: str, task: str, source: str, train_rows: int, dev_rows: int) -> TextTask:
-    """The task, cut to so many rows (0: all). InvalidInput for regression, and for a task under another's profile."""
+    """The task, cut to so many rows.
+
+    profile: the run's; a task other than the built-in one needs a profile of its own.
+    task, source: as of `text.load`.
+    train_rows, dev_rows: rows of the splits that are kept; 0 for all.
+
+    Raises InvalidInput for a regression task, and for a task under another's profile.
+    """
     check_profile(profile, task)
     data = text.load(task, source).subset(train=train_rows or None, dev=dev_rows or None)
     if data.regression:
@@ -87,7 +94,7 @@ def load_task(profile: str, task: str, source: str, train_rows: int, dev_rows: i
 
 
 def check_profile(profile: str, task: str) -> None:
-    """InvalidInput if another task's results would replace the built-in one's under the same profile."""
+    """Raise InvalidInput where another task's results would replace the built-in one's under the same profile."""
     if profile in ("laptop", "study") and task != BUILTIN:
         raise InvalidInput(
             f"the {profile} results are those of the built-in task, not of {task}: run it under a profile of its own, "

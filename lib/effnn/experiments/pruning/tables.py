@@ -6,7 +6,8 @@ import pandas as pd
 def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> dict[str, list[float]]:
     """Values of the ltp.* claims that the sweep answers, one for each checkpoint seed of one family.
 
-    Points of accuracy on dev, or a ratio of times; only rows of the calibration draw that all checkpoints share count.
+    Points of accuracy on dev, or a ratio of times. Only the calibration draw and the budgets that all checkpoints share
+    count.
     """
     chosen = frame[(frame.family == family) & (frame.calibration_seed == calibration_seed)]
     accuracy = chosen.pivot_table(index=["seed", "budget"], columns="method", values="accuracy")
@@ -30,7 +31,7 @@ def claim_samples(frame: pd.DataFrame, family: str, calibration_seed: int) -> di
 
 
 def latency_kept(targets: pd.DataFrame) -> tuple[list[float], str]:
-    """Return the largest measured latency over its budget, one number a checkpoint, and a note with all of them."""
+    """Return the largest measured latency over its budget, one number per checkpoint, and a note with all of them."""
     over = (targets.measured / targets.budget).groupby(targets.seed).max()
     each = targets.groupby("budget", sort=False).measured.mean()
     note = "measured, mean over checkpoints: " + ", ".join(

@@ -29,9 +29,13 @@ def run_jobs(
 ) -> list[T]:
     """Return [function(*job) for job in jobs], run in at most `workers` processes of `threads` torch threads each.
 
-    workers: None for as many as the cores hold; with one worker or one job everything runs in this process. function
-    and its arguments must be picklable. One bar counts the jobs that are done; bars within the processes are silent,
-    as they would be written over each other. The first error of a job is raised here; jobs that wait do not start.
+    function, jobs: what is called, and its arguments job by job; they must be picklable.
+    label: of the bar that counts the finished jobs; bars within the processes are silent, as they would be written over
+        each other.
+    workers: None for as many as the cores hold; with one worker or one job everything runs in this process.
+    threads: of each process.
+
+    The first error of a job is raised here; jobs that wait do not start.
     """
     workers = min(len(jobs), workers or max(1, cores() // threads))
     with tqdm(total=len(jobs), desc=label, leave=False) as bar:

@@ -133,7 +133,13 @@ def fit(
 def run_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, recipe: Recipe, epoch: int, bar: tqdm
 ) -> None:
-    """All of `rows` once, in the order of (seed, epoch); the learning rate follows from the epoch's number."""
+    """All of `rows` once, in the order of (seed, epoch); the learning rate follows from the epoch's number.
+
+    model, optimizer: trained, and what steps it.
+    rows, recipe: what is trained on, and how.
+    epoch: its number, from 0.
+    bar: moves on with every step.
+    """
     batches = rows.batches(recipe.batch_size, shuffle=True, seed=recipe.seed, epoch=epoch)
     device = next(model.parameters()).device
     model.train()

@@ -28,14 +28,6 @@ def test_choices_that_do_not_exist_are_refused(tmp_path):
         characters(tmp_path, limit_tokens=0)
 
 
-def test_a_corpus_shorter_than_a_context_is_refused():
-    corpus.check_length(np.arange(9), 8)
-    with pytest.raises(InvalidInput, match="context of 8 tokens needs at least 9 of them, found 8"):
-        corpus.check_length(np.arange(8), 8)
-    with pytest.raises(InvalidInput, match="context=0"):
-        corpus.check_length(np.arange(8), 0)
-
-
 @pytest.mark.parametrize("limit", [1, 77, 5000, 10**9])
 def test_train_is_cut_at_the_limit_and_the_rest_is_not(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(loading, "batches", lambda pieces: documents.batches(pieces, 1000))

@@ -14,7 +14,7 @@ def tokenizer():
 
 
 def test_batches_are_padded_to_their_longest_row(tokenizer):
-    rows = text.encode(toy_task(), tokenizer, max_length=9).train
+    rows = text.encode_split(toy_task().train, tokenizer, max_length=9)
     for batch in text.loader(rows, batch_size=8, shuffle=True):
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] <= 9
@@ -23,7 +23,7 @@ def test_batches_are_padded_to_their_longest_row(tokenizer):
 
 
 def test_pairs_carry_token_types_and_scores_are_floats(tokenizer):
-    batch = next(iter(text.loader(text.encode(toy_task(pairs=True, labels=()), tokenizer, 16).dev, 4)))
+    batch = next(iter(text.loader(text.encode_split(toy_task(pairs=True, labels=()).dev, tokenizer, 16), 4)))
     assert set(batch["token_type_ids"].unique().tolist()) == {0, 1}
     assert batch["token_type_ids"].shape == batch["input_ids"].shape and batch["labels"].dtype == torch.float32
 
@@ -33,7 +33,7 @@ def _seen(batches) -> list[tuple]:
 
 
 def test_every_row_comes_once_in_an_order_of_seed_and_epoch(tokenizer):
-    rows = text.encode(toy_task(), tokenizer, 32).train
+    rows = text.encode_split(toy_task().train, tokenizer, 32)
     orders = [_seen(text.loader(rows, 8, shuffle=True, seed=s, epoch=e)) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert orders[0] == orders[1] and len({str(order) for order in orders}) == 3
     for order in orders:
@@ -45,13 +45,13 @@ def test_every_row_comes_once_in_an_order_of_seed_and_epoch(tokenizer):
 
 def test_batches_leave_the_callers_generator_alone(tokenizer):
     before = torch.get_rng_state()
-    list(text.loader(text.encode(toy_task(), tokenizer, 8).train, 8, shuffle=True))
+    list(text.loader(text.encode_split(toy_task().train, tokenizer, 8), 8, shuffle=True))
     list(text.calibration_loader(toy_task(), tokenizer, rows=8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bucketing_saves_padding_and_can_be_switched_off(tokenizer):
-    rows = text.encode(toy_task(), tokenizer, 32).train
+    rows = text.encode_split(toy_task().train, tokenizer, 32)
     sizes = {on: sum(batch["input_ids"].numel() for batch in text.loader(rows, 8, bucket=on)) for on in (True, False)}
     assert sizes[True] < sizes[False]
     plain = torch.cat([batch["labels"] for batch in text.loader(rows, 8, bucket=False)])
@@ -74,6 +74,6 @@ def test_calibration_draws_with_replacement_in_a_fixed_order(tokenizer):
 
 def test_encoding_refuses_what_cannot_work(tokenizer):
     with pytest.raises(InvalidInput, match="no room for text"):
-        text.encode(toy_task(pairs=True), tokenizer, max_length=3)
+        text.encode_split(toy_task(pairs=True).train, tokenizer, max_length=3)
     with pytest.raises(InvalidInput, match="batch size"):
-        text.loader(text.encode(toy_task(), tokenizer, 8).dev, batch_size=0)
+        text.loader(text.encode_split(toy_task().dev, tokenizer, 8), batch_size=0)

@@ -29,7 +29,7 @@ def _sst2(folder: Path, train: list[tuple[str, ...]] = SST2) -> Path:
 
 def test_sst2_folder(tmp_path):
     task = text.load("sst2", source=_sst2(tmp_path))
-    assert task.labels == ("negative", "positive") and not task.pairs
+    assert task.labels == ("negative", "positive") and task.train.texts_b is None
     assert task.dev.texts == ["fine", "poor", "odd\x85end\x0b"] and task.dev.label == [1, 0, 0]
     both = sorted(zip(task.train.texts + task.validation.texts, task.train.label + task.validation.label, strict=True))
     assert both == sorted((sentence, int(label)) for sentence, label in SST2)

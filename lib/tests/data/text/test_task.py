@@ -33,7 +33,7 @@ def test_unequal_columns_and_empty_splits_are_refused():
 
 
 def test_majority():
-    assert toy_task().majority() == 0.5 and toy_task().classification
-    assert not toy_task(labels=()).classification
+    assert toy_task().majority() == 0.5 and not toy_task().regression
+    assert toy_task(labels=()).regression
     with pytest.raises(InvalidInput, match="regression"):
         toy_task(labels=()).majority()

@@ -37,7 +37,7 @@ def test_every_family_learns_a_planted_task(family):
     assert trained.dev.n == 60 and trained.seconds > 0
     assert trained.model.config.model_type == family and trained.model.config.id2label == {0: "no", 1: "yes"}
     assert not trained.model.training
-    dev = text.encode(planted_task(), trained.tokenizer, 16).dev
+    dev = text.encode_split(planted_task().dev, trained.tokenizer, 16)
     again = evaluate(trained.model, text.loader(dev, 7))
     assert again.accuracy == trained.accuracy and again.loss == pytest.approx(trained.dev.loss, abs=1e-5)
 
@@ -138,14 +138,14 @@ def test_processes_train_what_is_missing():
 def test_fine_tuning_trains_the_given_model_under_its_hooks():
     task = planted_task()
     trained = train_classifier(task, ClassifierConfig(**(TINY | {"epochs": 1, "learning_rate": 1e-4})))
-    rows = text.encode(task, trained.tokenizer, 16)
-    before = evaluate(trained.model, text.loader(rows.dev))
+    rows, validation, dev = (trained.encode(split) for split in task.splits().values())
+    before = evaluate(trained.model, text.loader(dev))
     calls = []
     hook = trained.model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: calls.append(1))
-    end = training.fit(trained.model, rows.train, rows.validation, training.Recipe(2, 16, 5e-3))
+    end = training.fit(trained.model, rows, validation, training.Recipe(2, 16, 5e-3))
     hook.remove()
     assert len(end.curve) == 2 and end.seconds > 0
-    assert evaluate(trained.model, text.loader(rows.dev)).loss < before.loss
+    assert evaluate(trained.model, text.loader(dev)).loss < before.loss
     assert calls
 
 
