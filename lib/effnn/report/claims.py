@@ -5,6 +5,7 @@ A claim's id is the result key that answers it. Claims of the profile `laptop` a
 """
 
 import csv
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -164,6 +165,17 @@ def notebook_of(digits: str) -> str | None:
     if len(names) > 1:
         raise InvalidInput(f"several notebooks begin with {digits}_: {', '.join(names)}; a number belongs to one")
     return names[0] if names else None
+
+
+def title(entry: Entry) -> str:
+    """Return the number and the first heading of a claim's notebook; the claim's prefix while it is not built."""
+    digits, name = entry.claim.notebook, entry.notebook
+    if name is None:
+        return f"{digits} {entry.claim.id.split('.')[0]}"
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")).get("cells", ())
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell.get("cell_type") == "markdown")
+    heading = re.search(r"^# (.*)", text, flags=re.MULTILINE)
+    return f"{digits} {heading[1].strip().removeprefix(digits).lstrip(' .:-')}" if heading else name.replace("_", " ")
 
 
 def data_notes(notebook: str) -> list[str]:
