@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +56,21 @@ def test_what_is_written_is_read_back(home):
     assert origin["fingerprints"] == {"docstrings": "ab" * 32}
     assert {"python", "torch", "transformers", "numpy", "effnn"} <= origin["versions"].keys()
     assert origin["cpu"] and origin["platform"] and origin["duration_s"] >= 0 and "T" in origin["start"]
+
+
+def test_a_notebook_hands_over_all_its_parameters(home):
+    cell = nbformat.v4.new_code_cell(
+        'profile: str = "smoke"  # size\nthreads: int = 1  # of torch\nrates: list = [0.1]  # all'
+    )
+    cell.metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), paths.NOTEBOOKS / f"{NOTEBOOK}.ipynb")
+    variables = {"profile": "laptop", "threads": 2, "rates": [0.2], "something_else": 7}  # as papermill set them
+    writer = ResultWriter.from_notebook(NOTEBOOK, variables, seeds=range(3))
+    assert writer.profile == "laptop" and writer.provenance()["seeds"] == [0, 1, 2]
+    assert writer.provenance()["parameters"] == {"profile": "laptop", "threads": 2, "rates": [0.2]}
+    del variables["rates"]
+    with pytest.raises(InvalidInput, match="has not set rates"):
+        ResultWriter.from_notebook(NOTEBOOK, variables)
 
 
 def test_json_is_kept_beside_the_tables(home):
