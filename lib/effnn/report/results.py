@@ -155,7 +155,7 @@ class ResultWriter:
         return self._keep(f"{_name('table', name)}.csv", text.encode())
 
     def json(self, name: str, value: object) -> Path:
-        """Keep a value as <name>.json, for what is not a table (a saved probe, the fit of a curve); returns that path."""
+        """Keep a value as <name>.json, for what is not a table, such as a saved probe; returns that path."""
         if f"{_name('file', name)}.json" == FILE:
             raise InvalidInput(f"{FILE} is written by finish(); choose another name than {name!r}")
         return self._keep(f"{name}.json", (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

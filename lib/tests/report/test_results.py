@@ -59,11 +59,12 @@ def test_what_is_written_is_read_back(home):
 
 
 def test_a_notebook_hands_over_all_its_parameters(home):
-    cell = nbformat.v4.new_code_cell(
-        'profile: str = "smoke"  # size\nthreads: int = 1  # of torch\nrates: list = [0.1]  # all'
-    )
+    lines = ('profile: str = "smoke"  # size', "threads: int = 1  # of torch", "rates: list = [0.1]  # to try")
+    cell = nbformat.v4.new_code_cell("\n".join(lines))
     cell.metadata["tags"] = ["parameters"]
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), paths.NOTEBOOKS / f"{NOTEBOOK}.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+    nbformat.write(notebook, paths.NOTEBOOKS / f"{NOTEBOOK}.ipynb")
     variables = {"profile": "laptop", "threads": 2, "rates": [0.2], "something_else": 7}  # as papermill set them
     writer = ResultWriter.from_notebook(NOTEBOOK, variables, seeds=range(3))
     assert writer.profile == "laptop" and writer.provenance()["seeds"] == [0, 1, 2]
