@@ -25,7 +25,7 @@ def bench_markdown() -> str:
 
 
 def bench() -> pd.DataFrame:
-    """Return data/bench.csv joined with results/bench.json, one row a key.
+    """Return data/bench.csv joined with results/bench.json, one row per key.
 
     Columns: key, bar, unit, meaning, median, min, max, runs, note, also (details with a bound, such as peak memory over
     its bound, which must be at most 1), measured (bool), state. The state is "meets the bar", "misses the bar" (both

@@ -30,10 +30,13 @@ _CHIPS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure of one run; `owner` is the claim that it is shown with, None for none.
+    """One figure of one run.
 
-    key: its name. caption: below it. claims: ids of all claims that it answers. address: the SVG as a data address,
-    which isolates it, so that the ids of two drawings cannot meet.
+    key: its name.
+    caption: below it.
+    claims: ids of all claims that it answers.
+    owner: id of the claim that it is shown with, None for none.
+    address: the SVG as a data address, so that ids inside two drawings cannot clash.
     """
 
     key: str

@@ -122,8 +122,9 @@ class ResultWriter:
         note: str = "",
         load: float | None = None,
     ) -> Value:
-        """Record one number under a claim's id, or a key of its own, and return it with its interval.
+        """Record one number and return it with its interval.
 
+        key: a claim's id, or a name of your own.
         value: the number; the mean of the samples where it is left out. With neither, the claim was not attempted.
         samples: one number per seed.
         unit: what the number is.

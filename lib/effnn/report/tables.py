@@ -122,7 +122,7 @@ def tally(entries: list[Entry]) -> str:
 
 
 def ours(entry: Entry) -> str:
-    """Return the measured value with its interval, labelled when another profile than the asked one gave it."""
+    """Return the measured value with its interval, and the profile that gave it unless that is the laptop as asked."""
     if entry.result is None or entry.result.value is None:
         return "-"
     text = number(entry.result.value)

@@ -87,8 +87,11 @@ def execute(
     progress_bar: bool = False,
     on_cell: Callable[..., None] | None = None,
 ) -> None:
-    """Run `notebook` with `parameters` (already checked), writing the executed copy to `output` as it goes.
+    """Run `notebook` with `parameters` (already checked), writing the executed copy after each cell.
 
+    notebook: the file.
+    output: the executed copy.
+    parameters: name -> value.
     guard: entered by the caller, once for all notebooks.
     time_limit: seconds, None for no limit.
     threads: of OpenMP in the kernel; None leaves the environment as it is.
