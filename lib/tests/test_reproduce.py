@@ -135,7 +135,7 @@ def test_values_that_yaml_reads_as_text_become_floats(home):
 )
 def test_a_value_of_another_type_is_refused_with_the_type_and_an_example(home, name, value):
     known = declared(make_notebook(home, "01_a"))
-    with pytest.raises(InvalidInput, match=f"laptop.yml.*'{name}' wants .*for example"):
+    with pytest.raises(InvalidInput, match=f"laptop.yml.*'{name}' must be .*for example"):
         resolve("01_a", known, {name: value}, "laptop.yml")
 
 
@@ -143,7 +143,7 @@ def test_a_value_of_another_type_is_refused_with_the_type_and_an_example(home, n
     ("name", "text"), [("seed", "1.5"), ("seed", "one"), ("quick", "perhaps"), ("budgets", "[1,"), ("sizes", "7")]
 )
 def test_text_of_another_type_is_refused(home, name, text):
-    with pytest.raises(InvalidInput, match=f"'{name}' wants"):
+    with pytest.raises(InvalidInput, match=f"'{name}' must be"):
         from_text("01_a", declared(make_notebook(home, "01_a")), {name: text})
 
 
@@ -181,7 +181,7 @@ def test_profile_file_is_checked_before_anything_runs(home, capsys):
     file = home / "notebooks/profiles/laptop.yml"
     for text, expected in [
         ("01_a: {sede: 1}", "01_a has no parameter sede"),
-        ("01_a: {seed: one}", "'seed' wants int"),
+        ("01_a: {seed: one}", "'seed' must be int"),
         ("01_b: {seed: 1}", "'01_b', which does not exist"),
         ("01_a: {profile: study}", "profile must be 'laptop'"),
         ("01_a: 3", "'parameter: value'"),

@@ -142,7 +142,7 @@ class ResultWriter:
         value = None if value is None else finite(key, value)
         slack = 1e-9 * max((abs(item) for item in numbers), default=0.0)
         if value is not None and numbers and not min(numbers) - slack <= value <= max(numbers) + slack:
-            raise InvalidInput(f"value {key!r} = {value} lies outside its own samples {list(numbers)}")
+            raise InvalidInput(f"value {key!r} = {value} is outside the range of its own samples {list(numbers)}")
         load = None if load is None or np.isnan(load) else round(finite("load", load), 2)
         self.values[key] = Value(value, numbers, interval(numbers), unit, note, load)
         return self.values[key]

@@ -16,7 +16,7 @@ from effnn.report.rules import number, span_text
 
 log = logging.getLogger(__name__)
 
-# What a reader of the ledger needs of a provenance; the whole of it is in the result file named beside it.
+# The part of a provenance that claims.json shows; all of it is in the result file that is named with it.
 _PROVENANCE = (
     *("git_commit", "git_dirty", "start", "duration_s", "load_start", "load_end"),
     *("cpu", "cores", "threads", "accelerator", "seeds"),

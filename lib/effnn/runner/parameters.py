@@ -181,7 +181,7 @@ def _common_kind(default: Sequence[object]) -> tuple[str, ...]:
 def _mistyped(value: object, parameter: Parameter, where: str) -> InvalidInput:
     kind = parameter.annotation + (f"[{', '.join(parameter.items)}]" if parameter.items else "")
     return InvalidInput(
-        f"{where}: parameter '{parameter.name}' wants {kind}, for example {EXAMPLES[parameter.annotation]}; "
+        f"{where}: parameter '{parameter.name}' must be {kind}, for example {EXAMPLES[parameter.annotation]}; "
         f"got {value!r} ({type(value).__name__})"
     )
 

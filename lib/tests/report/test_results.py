@@ -212,7 +212,7 @@ def test_other_line_ends_are_no_damage(home):
         (lambda w: w.value("demo.loss", float("nan")), "finite"),
         (lambda w: w.value("demo.loss", samples=[1.0, float("inf")]), "finite"),
         (lambda w: w.value("demo.loss"), "note"),
-        (lambda w: w.value("demo.loss", 5.0, samples=[1.0, 2.0, 3.0]), "outside its own samples"),
+        (lambda w: w.value("demo.loss", 5.0, samples=[1.0, 2.0, 3.0]), "outside the range of its own samples"),
         (lambda w: w.value("demo.loss", "high"), "expected a number"),
         (lambda w: w.value("Demo Loss", 1.0), "lower-case"),
         (lambda w: w.table("../escape", pd.DataFrame()), "lower-case"),
