@@ -77,13 +77,13 @@ lint: env ## ruff, on code and notebooks
 lab: env ## JupyterLab on notebooks/
 	$(RUN) jupyterlab notebooks
 
-claims: env ## join claims and results into results/claims.json, results/CLAIMS.md and the README
+claims: env ## write results/claims.json, CLAIMS.md, BENCH.md and the verdicts in README.md
 	$(RUN) effnn.report claims
 
 report: env ## build results/report.html
 	$(RUN) effnn.report html
 
-bench: env ## measure the benchmarks, write results/bench.json
+bench: env ## measure the benchmarks, write results/bench.json and BENCH.md
 	$(RUN) effnn.experiments.bench $(KEY)
 
 data: env ## download what the paper profile needs into data/cache

@@ -1,8 +1,7 @@
 """The cache of slow steps: a trained checkpoint, a tokenized corpus, a long curve.
 
-joblib does the hashing of keys and the (compressed, hence check-summed) storing; this file adds what joblib's own
-Memory lacks: the version of all code that a value comes from in the key, atomic writes, and a damaged entry that is
-made again instead of read.
+joblib hashes the keys and stores the values, compressed and therefore with a checksum. This file adds what joblib's
+Memory lacks: the version of all code behind a value in its key, atomic writes, and damaged entries that are made again.
 """
 
 import logging
@@ -27,17 +26,17 @@ _STARTED = time.time()
 
 
 def remember(name: str, key: Mapping[str, object], compute: Callable[[], T]) -> T:
-    """Return the stored value of `compute()` for this `key` and this version of its code, making it if there is none.
+    """Return the stored value of `compute()` for this `key` and version of its code, computing it if there is none.
 
     name: folder under data/cache, e.g. "classifier". key: everything the value depends on (parameters, data
     fingerprint, seeds). The value must be something joblib can pickle; tensors and state dicts are.
 
-    The key is completed by the code that `compute` can reach: the module that it stands in and all of effnn that this
-    imports, directly or not (`effnn.base.imports`), and the versions of `LIBRARIES`. So `compute` is a function or a
-    lambda of a module; InvalidInput for one typed into a notebook.
+    The key also contains the code that `compute` can reach (its module and all of effnn that this imports, directly or
+    not; see `effnn.base.imports`) and the versions of `LIBRARIES`. So `compute` must be a function or a lambda of a
+    module; one typed into a notebook raises InvalidInput.
 
-    Where a file of that code was edited after this process started, it may not be the code that runs here: the value is
-    then returned but not stored, with a warning.
+    Where a file of that code was edited after this process started, other code may be running: the value is then
+    returned but not stored, with a warning.
     """
     path = entry(name, key, compute)
     if path.exists():
@@ -57,7 +56,7 @@ def remember(name: str, key: Mapping[str, object], compute: Callable[[], T]) -> 
 
 
 def entry(name: str, key: Mapping[str, object], function: Callable) -> Path:
-    """Where the value of this key, made by `function`, lies or would lie, with this version of its code."""
+    """The file for the value of this key, made by `function` with this version of its code; it need not exist."""
     versions = {library: metadata.version(library) for library in LIBRARIES}
     digest = joblib.hash({"key": dict(key), "code": code_digest(function), "libraries": versions})
     return paths.CACHE / name / f"{digest}.joblib"

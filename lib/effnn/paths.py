@@ -22,6 +22,6 @@ TESTS = LIB / "tests"
 def results_of(profile: str, notebook: str) -> Path:
     """Folder of one notebook's result files under one profile, e.g. results/laptop/01_post_training_pruning.
 
-    Those of the smoke profile lie in the cache: tests run it, and it must never touch what is committed.
+    That of the smoke profile is in the cache: tests run it, and committed results must not change.
     """
     return (CACHE if profile == "smoke" else RESULTS) / profile / notebook

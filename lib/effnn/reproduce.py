@@ -1,9 +1,9 @@
 """Run the notebooks: `python -m effnn.reproduce [--notebook 01] [--profile laptop] [--set name=value]`.
 
-Every parameter is checked before anything runs. A notebook whose inputs are unchanged is skipped, one that fails does
-not stop the others, and an executed notebook appears under its name only when it is whole; the slow steps inside a
-notebook resume from `effnn.cache`. At the end the claims table and report.html are rebuilt. Exit status: 0, 1 when
-something failed, 2 when the request made no sense, 130 after Ctrl-C.
+Every parameter is checked before anything runs. A notebook is skipped where nothing changed that its results depend on,
+one that fails does not stop the others, and an executed notebook appears under its name only when it is complete. Slow
+steps inside a notebook resume from `effnn.cache`. At the end the claims table and report.html are rebuilt. Exit status:
+0, or 1 when something failed, 2 when the request could not be understood, 130 after Ctrl-C.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from effnn.runner import (
     Guard,
     NotebookFailed,
     declared,
+    dependencies_of,
     execute,
     from_text,
-    inputs_of,
     load_profile,
     read_mark,
     resolve,
@@ -31,8 +31,8 @@ from effnn.runner import (
 )
 from effnn.runner.staleness import mark_path
 
-QUIET_CELL = 20.0  # Seconds; where no bar can be drawn, only a cell that takes longer is worth a line.
-
+QUIET_CELL = 20.0
+"""Seconds; where no progress bar can be drawn, cells that take longer get a line."""
 
 COMMITTED = ("laptop", "study")
 """Profiles whose results are committed and answer claims; with --set they become `<profile>-set`."""
@@ -40,24 +40,33 @@ COMMITTED = ("laptop", "study")
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with its checked parameters. why: the reason that it must run, empty when it need not."""
+    """One notebook with its checked parameters.
+
+    notebook: its file.
+    profile: name of the folder of its results.
+    parameters: name -> value, for those that differ from the parameters cell.
+    threads: of OpenMP in its kernel; None leaves the environment as it is.
+    time_limit: seconds, None for none.
+    dependencies: name -> hash of all that its results depend on.
+    why: the reason that it must run, empty when it need not.
+    """
 
     notebook: Path
     profile: str
     parameters: dict[str, object]
     threads: int | None
     time_limit: float | None
-    inputs: dict[str, str]
+    dependencies: dict[str, str]
     why: str
 
     @property
     def folder(self) -> Path:
-        """Where its results lie."""
+        """The folder of its results."""
         return paths.results_of(self.profile, self.notebook.stem)
 
     @property
     def results(self) -> Path:
-        """The results file that the notebook itself writes, last."""
+        """The results file, which the notebook writes last."""
         return self.folder / "results.json"
 
     @property
@@ -67,11 +76,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one notebook ended: `word` is done, unchanged, failed, interrupted or not reached."""
+class NotebookRun:
+    """How one notebook ended: `state` is done, unchanged, failed, interrupted or not reached."""
 
     notebook: str
-    word: str
+    state: str
     seconds: float = 0.0
     note: str = ""
 
@@ -85,8 +94,12 @@ def plan(
 ) -> list[Job]:
     """Return the notebooks to run, in the order of their names, all parameters checked.
 
-    notebook: beginning of a name, empty for all. settings: parameter -> text, for every notebook chosen. time_limit:
-    seconds for one notebook, instead of the profile's. Raises InvalidInput; nothing has run then.
+    profile: smoke, or the name of a file in notebooks/profiles.
+    notebook: beginning of a notebook's name, empty for all.
+    settings: parameter -> text, for every notebook chosen.
+    force: run unchanged notebooks too.
+    time_limit: seconds for one notebook, instead of the profile's.
+    Raises InvalidInput before anything has run.
     """
     files = sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if not path.name.startswith("."))
     names = [path.stem for path in files]
@@ -101,29 +114,29 @@ def plan(
     return [_job(path, profile, sizes.values(path.stem), sizes.source, settings or {}, force, limit) for path in part]
 
 
-def run(jobs: list[Job], say: Callable[[str], None]) -> list[Outcome]:
+def run(jobs: list[Job], say: Callable[[str], None]) -> list[NotebookRun]:
     """Run the jobs one after the other and return how each ended; Ctrl-C ends the current one and skips the rest."""
-    outcomes: list[Outcome] = []
+    runs: list[NotebookRun] = []
     with Guard() as guard:
         for number, job in enumerate(jobs, start=1):
             name, place = job.notebook.stem, f"[{number}/{len(jobs)}] {job.notebook.stem}"
             if not job.why:
                 say(f"{place}: unchanged, skipped")
-                outcomes.append(Outcome(name, "unchanged"))
+                runs.append(NotebookRun(name, "unchanged"))
                 continue
             say(f"{place}: running with {job.profile} ({job.why})")
             start = time.monotonic()
             try:
-                word, note = "done", _run_one(job, guard, say) or f"results in {_place(job.folder)}"
+                state, note = "done", _run_one(job, guard, say) or f"results in {_place(job.folder)}"
             except (NotebookFailed, OSError) as error:  # a full disk must not stop the others either
-                word, note = "failed", str(error)
+                state, note = "failed", str(error)
             except KeyboardInterrupt:
-                word, note = "interrupted", "start it again to continue from the caches"
-            outcomes.append(Outcome(name, word, time.monotonic() - start, note))
-            say(f"{place}: {word} after {_duration(outcomes[-1].seconds)}{'; ' + note if note else ''}")
-            if word == "interrupted":
-                return outcomes + [Outcome(later.notebook.stem, "not reached") for later in jobs[number:]]
-    return outcomes
+                state, note = "interrupted", "start it again to continue from the caches"
+            runs.append(NotebookRun(name, state, time.monotonic() - start, note))
+            say(f"{place}: {state} after {_duration(runs[-1].seconds)}{'; ' + note if note else ''}")
+            if state == "interrupted":
+                return runs + [NotebookRun(later.notebook.stem, "not reached") for later in jobs[number:]]
+    return runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,15 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nothing was run: {error}", file=sys.stderr)
         return 2
     try:
-        outcomes = run(jobs, _say)
-        _say(_summary(outcomes))
-        if any(outcome.word == "interrupted" for outcome in outcomes):
+        runs = run(jobs, _say)
+        _say(_summary(runs))
+        if any(one.state == "interrupted" for one in runs):
             return 130
         reported = options.no_report or _rebuild_reports()
     except KeyboardInterrupt:  # between two notebooks, or while the reports are made
         print("interrupted; start it again to continue", file=sys.stderr)
         return 130
-    return 0 if reported and all(outcome.word in ("done", "unchanged") for outcome in outcomes) else 1
+    return 0 if reported and all(one.state in ("done", "unchanged") for one in runs) else 1
 
 
 def _job(
@@ -166,16 +179,16 @@ def _job(
     if "interactive" in known and "interactive" not in settings:
         parameters["interactive"] = False  # nobody moves a slider here
     threads = parameters.get("threads", known["threads"].default if "threads" in known else None)
-    inputs = inputs_of(notebook, parameters, profile)
-    job = Job(notebook, profile, parameters, threads, time_limit, inputs, "forced")
+    dependencies = dependencies_of(notebook, parameters, profile)
+    job = Job(notebook, profile, parameters, threads, time_limit, dependencies, "forced")
     if force:
         return job
-    why = stale_because(read_mark(profile, notebook.stem), inputs, job.results, job.executed)
-    return Job(notebook, profile, parameters, threads, time_limit, inputs, why)
+    why = stale_because(read_mark(profile, notebook.stem), dependencies, job.results, job.executed)
+    return Job(notebook, profile, parameters, threads, time_limit, dependencies, why)
 
 
 def _run_one(job: Job, guard: Guard, say: Callable[[str], None]) -> str:
-    """Run one notebook; returns a note, empty when there is nothing to say. Raises NotebookFailed."""
+    """Run one notebook and return a note, which may be empty. Raises NotebookFailed."""
     mark_path(job.profile, job.notebook.stem).unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     before = _written_at(job.results)
@@ -198,17 +211,17 @@ def _run_one(job: Job, guard: Guard, say: Callable[[str], None]) -> str:
         if temporary.exists():
             failed.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, failed)
-        raise NotebookFailed(f"{error}; as far as it came: {failed}") from None
+        raise NotebookFailed(f"{error}; what it wrote until then: {failed}") from None
     finally:
         temporary.unlink(missing_ok=True)
     if _written_at(job.results) == before:
         return "it wrote no results.json, so it will run again next time"
-    write_mark(job.profile, job.notebook.stem, job.inputs, job.results)
+    write_mark(job.profile, job.notebook.stem, job.dependencies, job.results)
     return ""
 
 
 def _place(folder: Path) -> str:
-    """A folder as it is called in the repository."""
+    """A folder by its path in the repository."""
     return folder.relative_to(paths.HOME).as_posix() if folder.is_relative_to(paths.HOME) else str(folder)
 
 
@@ -235,9 +248,11 @@ def _written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _summary(outcomes: list[Outcome]) -> str:
-    width = max(len(outcome.notebook) for outcome in outcomes)
-    rows = [f"  {o.notebook:<{width}}  {o.word:<11}  {_duration(o.seconds):>12}  {o.note}".rstrip() for o in outcomes]
+def _summary(runs: list[NotebookRun]) -> str:
+    width = max(len(one.notebook) for one in runs)
+    rows = [
+        f"  {one.notebook:<{width}}  {one.state:<11}  {_duration(one.seconds):>12}  {one.note}".rstrip() for one in runs
+    ]
     return "\n".join(["summary", *rows])
 
 
@@ -252,14 +267,14 @@ def _say(text: str) -> None:
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier():
-        raise InvalidInput(f"--set {text}: name=value is wanted, for example --set seed=1")
+        raise InvalidInput(f"--set {text}: expected name=value, for example --set seed=1")
     return name.strip(), value
 
 
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError("a positive number of seconds is wanted")
+        raise argparse.ArgumentTypeError("expected a positive number of seconds")
     return seconds
 
 
@@ -268,7 +283,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--notebook", default="", metavar="01", help="beginning of a notebook's name; default: all")
     parser.add_argument("--profile", default="laptop", help="smoke, or a file of notebooks/profiles; default: laptop")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
-    parser.add_argument("--force", action="store_true", help="run notebooks whose inputs are unchanged too")
+    parser.add_argument("--force", action="store_true", help="run unchanged notebooks too")
     parser.add_argument("--time-limit", type=_seconds, metavar="S", help="seconds that one notebook may take")
     parser.add_argument("--no-report", action="store_true", help="leave the claims table and report.html as they are")
     return parser.parse_args(arguments)

@@ -124,7 +124,7 @@ def test_code_is_found_behind_lambdas_partials_methods_and_objects(package):
 def test_a_function_without_a_file_is_refused():
     place = {}
     exec("def typed():\n    return 1", place)
-    with pytest.raises(InvalidInput, match="'typed' stands in no file.*put it into a module"):
+    with pytest.raises(InvalidInput, match="'typed' is not defined in a file.*put it into a module"):
         cache.remember("thing", {}, place["typed"])
 
 

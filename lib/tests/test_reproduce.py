@@ -135,7 +135,7 @@ def test_values_that_yaml_reads_as_text_become_floats(home):
 )
 def test_a_value_of_another_type_is_refused_with_the_type_and_an_example(home, name, value):
     known = declared(make_notebook(home, "01_a"))
-    with pytest.raises(InvalidInput, match=f"laptop.yml.*'{name}' wants .*for example"):
+    with pytest.raises(InvalidInput, match=f"laptop.yml.*'{name}' must be .*for example"):
         resolve("01_a", known, {name: value}, "laptop.yml")
 
 
@@ -143,7 +143,7 @@ def test_a_value_of_another_type_is_refused_with_the_type_and_an_example(home, n
     ("name", "text"), [("seed", "1.5"), ("seed", "one"), ("quick", "perhaps"), ("budgets", "[1,"), ("sizes", "7")]
 )
 def test_text_of_another_type_is_refused(home, name, text):
-    with pytest.raises(InvalidInput, match=f"'{name}' wants"):
+    with pytest.raises(InvalidInput, match=f"'{name}' must be"):
         from_text("01_a", declared(make_notebook(home, "01_a")), {name: text})
 
 
@@ -181,7 +181,7 @@ def test_profile_file_is_checked_before_anything_runs(home, capsys):
     file = home / "notebooks/profiles/laptop.yml"
     for text, expected in [
         ("01_a: {sede: 1}", "01_a has no parameter sede"),
-        ("01_a: {seed: one}", "'seed' wants int"),
+        ("01_a: {seed: one}", "'seed' must be int"),
         ("01_b: {seed: 1}", "'01_b', which does not exist"),
         ("01_a: {profile: study}", "profile must be 'laptop'"),
         ("01_a: 3", "'parameter: value'"),
@@ -254,13 +254,13 @@ def test_what_makes_a_notebook_run_again(home):
     assert why() == "changed: the notebook"
     make_notebook(home, "01_a", "from effnn import cache")
     assert why().startswith("changed: the notebook, effnn/base")
-    assert {"effnn/cache.py", "effnn/paths.py"} <= set(reproduce.plan("smoke")[0].inputs)
+    assert {"effnn/cache.py", "effnn/paths.py"} <= set(reproduce.plan("smoke")[0].dependencies)
     make_notebook(home, "01_a")
     assert why() == ""
     folder, mark = home / "data/cache/smoke/01_a", home / "data/cache/marks/smoke/01_a.json"
     for path, expected in [
-        (folder / "01_a.ipynb", "its results are not there"),
-        (folder / "results.json", "its results are not there"),
+        (folder / "01_a.ipynb", "its results are missing"),
+        (folder / "results.json", "its results are missing"),
         (mark, "not run here before"),
     ]:
         content = path.read_text()
@@ -270,7 +270,7 @@ def test_what_makes_a_notebook_run_again(home):
     assert why() == ""
     (folder / "results.json").write_text("{}")
     assert why() == "its results were changed since"
-    mark.write_text('{"inputs"')
+    mark.write_text('{"dependencies"')
     assert why() == "not run here before"
 
 
@@ -463,33 +463,33 @@ def test_library_files_are_followed_through_imports(tmp_path, monkeypatch):
 
 
 def test_data_given_by_path_is_an_input(home):
-    from effnn.runner import inputs_of
+    from effnn.runner import dependencies_of
 
     notebook, folder = make_notebook(home, "01_a"), home / "SST-2"
     folder.mkdir()
     (folder / "train.tsv").write_text("a")
-    before = inputs_of(notebook, {"source": str(folder)}, "smoke")
+    before = dependencies_of(notebook, {"source": str(folder)}, "smoke")
     assert f"data at {folder}" in before
     (folder / "train.tsv").write_text("ab")
-    after = inputs_of(notebook, {"source": str(folder)}, "smoke")
+    after = dependencies_of(notebook, {"source": str(folder)}, "smoke")
     assert {name for name in before if before[name] != after[name]} == {f"data at {folder}"}
 
 
 def test_data_under_the_home_folder_are_watched_too(home, monkeypatch):
-    from effnn.runner import inputs_of
+    from effnn.runner import dependencies_of
 
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
     notebook = make_notebook(home, "01_a")
     (home / "SST-2").mkdir()
     (home / "SST-2/train.tsv").write_text("a")
-    before = inputs_of(notebook, {"source": "~/SST-2"}, "smoke")
+    before = dependencies_of(notebook, {"source": "~/SST-2"}, "smoke")
     (home / "SST-2/train.tsv").write_text("ab")
-    assert inputs_of(notebook, {"source": "~/SST-2"}, "smoke") != before
+    assert dependencies_of(notebook, {"source": "~/SST-2"}, "smoke") != before
 
 
 def test_a_notebook_that_cannot_be_read_is_named(home, capsys):
     make_notebook(home, "01_a")
     (home / "notebooks/02_b.ipynb").write_text('{"cells": [')
     assert run() == 2
-    assert "02_b.ipynb is no readable notebook" in capsys.readouterr().err
+    assert "02_b.ipynb is not a readable notebook" in capsys.readouterr().err

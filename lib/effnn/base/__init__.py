@@ -1,4 +1,4 @@
-"""What every room may use: errors, files written whole, a lock, modules, seeds and threads, and one timer.
+"""What every room may use: errors, atomic files, a lock, modes and hooks of modules, seeds, threads, and a timer.
 
 Standard library and torch only.
 """

@@ -1,4 +1,4 @@
-"""The errors that a caller may want to tell apart. Every message says what was expected and what to do about it."""
+"""The errors that a caller may want to distinguish. Every message says what was expected and what to do."""
 
 
 class EffnnError(Exception):
@@ -14,9 +14,9 @@ class NotAvailable(EffnnError, RuntimeError):
 
 
 class CannotWrite(EffnnError, OSError):
-    """A file could not be written: the disk is full, a quota or a limit on file sizes is reached, it is read-only.
+    """A file could not be written: no space, a quota, a limit on file sizes, or a read-only disk.
 
-    reason: the system's words for it, without the path and the way out that the message gives.
+    reason: the system's words for it; the message adds the path and the way out.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -25,6 +25,6 @@ class CannotWrite(EffnnError, OSError):
 
 
 def first_line(error: BaseException | str, length: int = 200) -> str:
-    """The first line of an error's message, at most `length` characters of it; other libraries write whole pages."""
+    """The first line of an error's message, at most `length` characters; some libraries write pages."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else "no message")[:length]

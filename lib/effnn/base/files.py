@@ -1,9 +1,9 @@
-"""Writing files: whole or not at all, and with one sentence where the disk refuses.
+"""Writing files completely or not at all, with one clear error where the disk refuses.
 
 What is written goes to a temporary name in the same folder and is then renamed over the target, so a reader sees the
-old content or the new one, never a half of either. A killed process leaves at most a `.tmp-*`, which nothing ever
-reads. A full disk is one error, whichever library did the writing: torch and safetensors report it as errors of their
-own (a broken archive, "os error 28"), and what the system said is found in the chain of the errors or in their text.
+old content or the new one. A killed process leaves at most a `.tmp-*`, which nothing reads. A full disk gives the same
+error whichever library writes: torch and safetensors raise errors of their own (a broken archive, "os error 28"), so
+the system's error is looked for in the chain of errors and in their texts.
 """
 
 import errno
@@ -32,7 +32,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it replaces `target`, on an error it is removed.
 
     The folder is made if it is missing. The temporary name keeps the target's suffix, since some writers go by it.
-    Raises CannotWrite where the disk takes no more.
+    Raises CannotWrite where the disk refuses.
     """
     target = Path(target)
     with writing(target):
@@ -54,7 +54,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `target` on success and is removed on an error.
 
-    It stands beside `target`, and what stood there before is replaced. Raises CannotWrite where the disk takes no more.
+    It is made in the same parent folder, and an earlier `target` is replaced. Raises CannotWrite where the disk refuses.
     """
     target = Path(target)
     with writing(target):
@@ -97,10 +97,11 @@ def sha256_file(path: str | Path) -> str:
 
 @contextmanager
 def writing(target: str | Path, way_out: str = "free some space there, or write elsewhere") -> Iterator[None]:
-    """Raise `CannotWrite` for `target` where the block fails because the disk takes no more; other errors pass.
+    """Raise `CannotWrite` for `target` where the block fails because the disk refuses; other errors pass.
 
-    Counts as such: no space left, a quota, the limit on the size of a file, a read-only or failing disk. A block within
-    another takes the outer one's target and way out. Give torch.save an open file: with a path it hides the reason.
+    A disk refuses when there is no space, at a quota or a limit on file sizes, when it is read-only, or when it fails.
+    Inside another such block the outer target and way out are named. Give torch.save an open file: with a path it hides
+    the reason.
     """
     handled = sys.exception()  # of a caller that writes while it deals with another error
     try:

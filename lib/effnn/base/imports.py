@@ -1,8 +1,8 @@
-"""Which files of effnn a piece of code goes through: the closure of its imports.
+"""Which files of effnn a piece of code uses: the closure of its imports.
 
-Results depend on code, and a list of modules kept by hand is sooner or later one short. Imports are read from the
-syntax trees, so nothing is imported to find them, and one inside a function counts. What a module's name is made of at
-run time (`importlib.import_module(f"...")`) is not seen.
+Results depend on code, and a list of modules kept by hand is soon incomplete. Imports are read from syntax trees, so
+nothing is imported to find them, and an import inside a function counts. Names that are put together at run time
+(`importlib.import_module(f"...")`) are not found.
 """
 
 import ast
@@ -20,17 +20,17 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def library_files(sources: Iterable[str]) -> list[Path]:
     """Return the files of effnn that these pieces of Python import, followed through effnn's own imports, sorted.
 
-    Files that are no Python code and lie beside an imported module (a style file) count too. A piece that is no valid
-    Python adds nothing: running it will show that.
+    Other files beside an imported module (a style file, a template) count too, except Markdown. A piece that is not
+    valid Python adds nothing; running it will show the error.
     """
     return _closure([name for source in sources for name in _imports(source, "")], set())
 
 
 def files_behind(function: Callable) -> list[Path]:
-    """Return the file that `function` stands in and the files of effnn that it imports, directly or not, sorted.
+    """Return the file that defines `function` and the files of effnn that it imports, directly or not, sorted.
 
-    function: of any module that was read from a file; `functools.partial`, methods and objects with `__call__` are
-    looked through. Raises InvalidInput for one without a file (typed into a notebook or at a prompt).
+    function: of a module that was read from a file, also as a `functools.partial`, a method or an object with
+    `__call__`. Raises InvalidInput for one without a file (typed into a notebook or at a prompt).
     """
     start = _source_file(function)
     package = start.parent.relative_to(PACKAGE.parent).parts if start.is_relative_to(PACKAGE) else ()
@@ -40,7 +40,7 @@ def files_behind(function: Callable) -> list[Path]:
 def code_digest(function: Callable) -> str:
     """Return a sha256 of the code of `files_behind(function)`, the same wherever the repository lies.
 
-    Only what runs counts, not comments, docstrings and layout: a better sentence must not cost a long computation.
+    Comments, docstrings and layout do not count: a better sentence must not cost a long computation.
     """
     listed = [(_label(path), _digest(path, *_stamp(path))) for path in files_behind(function)]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
@@ -67,8 +67,8 @@ def _source_file(function: Callable) -> Path:
         file = Path()
     if not file.is_file():
         raise InvalidInput(
-            f"{getattr(function, '__qualname__', function)!r} stands in no file, so the version of its code cannot be "
-            "told: put it into a module"
+            f"{getattr(function, '__qualname__', function)!r} is not defined in a file, so the version of its code is "
+            "unknown: put it into a module"
         )
     return file.resolve()
 
@@ -136,7 +136,7 @@ def _digest(path: Path, changed: int, size: int) -> str:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings and other texts that stand alone out of a tree."""
+    """Removes docstrings and other lone strings from a tree."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         alone = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,7 +1,7 @@
-"""A lock on a folder, for one process at a time; the system drops it when its process ends, however that happens.
+"""A lock on a folder, for one process at a time; the system releases it when the process ends in any way.
 
-The lock is `flock` on a file in the folder, which says who holds it and is gone afterwards. The file of a process that
-was killed stays, without a lock, and blocks nobody.
+The lock is `flock` on a file in the folder. The file says who holds the lock and is deleted afterwards. That of a
+killed process stays, without a lock, and blocks nobody.
 """
 
 import errno
@@ -39,7 +39,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # still locked: whoever opened it meanwhile sees that it is gone, and makes a new one
+            path.unlink()  # still locked: a process that opened it meanwhile sees that it is gone, and makes a new one
         _held.discard(handle)
         os.close(handle)
 
@@ -56,7 +56,7 @@ def _acquire(path: Path) -> int:
         try:
             _flock(handle, path)
             if _is_at(handle, path):
-                with suppress(OSError):  # a full disk: then nobody can read who it is
+                with suppress(OSError):  # a full disk: the holder's name is then unknown
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 _held.add(handle)
@@ -85,7 +85,7 @@ def _flock(handle: int, path: Path) -> None:
 
 
 def _said(handle: int) -> str:
-    """Who holds the lock, from its file; a holder that has only just taken it is about to write that."""
+    """Who holds the lock, from its file; a holder that has just taken it needs a moment to write that."""
     for _ in range(10):
         if said := os.pread(handle, 1000, 0):
             return said.decode("utf-8", "replace")
@@ -101,11 +101,11 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _let_go_in_child() -> None:
-    """A forked process must not hold on to the lock of its parent."""
+def _release_in_child() -> None:
+    """A forked process must not keep the lock of its parent."""
     while _held:
         os.close(_held.pop())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
+    os.register_at_fork(after_in_child=_release_in_child)

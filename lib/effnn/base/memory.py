@@ -59,7 +59,7 @@ def _resident_bytes() -> int | None:
 def release_free_memory() -> None:
     """Ask the C library (glibc) to return freed memory to the system: what is resident is then what is in use.
 
-    Loops that allocate and free large tensors otherwise grow by fragments; elsewhere than on glibc nothing happens.
+    Otherwise fragments remain after large tensors are freed, and the resident set grows. Without glibc nothing happens.
     """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,8 +1,7 @@
 """One timer: interleaved measurements, so that a machine whose speed drifts treats all variants alike.
 
 `interleave` runs A B A B ... after a warm-up; ratios are taken round by round, so they hold where absolute times do
-not. No reading is taken for ordered or exact: a clock that stood still counts as `LEAST` seconds, so that a ratio can
-always be taken.
+not. An interval of zero counts as `LEAST` seconds, so that a ratio can always be taken.
 """
 
 import math
@@ -19,13 +18,13 @@ LEAST = 1e-9
 
 
 def load_average() -> float:
-    """1-minute load average of this machine; NaN where the system knows none (Windows)."""
+    """1-minute load average of this machine; NaN where the system has none (Windows)."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock seconds of one variant, one entry a round, and the 1-minute load average when each round began."""
+    """Wall-clock seconds of one variant, one entry per round, and the 1-minute load average when each round began."""
 
     name: str
     seconds: tuple[float, ...]
@@ -49,7 +48,7 @@ class Timing:
 def interleave(
     variants: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1, device: str | torch.device = "cpu"
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in the given order, `rounds` times after `warmup` rounds that do not count.
+    """Time each variant once per round, in the given order, `rounds` times after `warmup` rounds that do not count.
 
     Variants take no argument; on a CUDA device each is followed by a synchronisation. Returns name -> `Timing`.
     """

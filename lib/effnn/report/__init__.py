@@ -1,6 +1,7 @@
 """Results with provenance, published numbers, the claims ledger, figures and the report: see README.md beside this."""
 
-from effnn.report import claims, figures, provenance, published, results, rules, tables
+from effnn.report import bench, claims, figures, provenance, published, results, rules, tables
+from effnn.report.bench import bench_table
 from effnn.report.claims import Claim, ledger, verdict, verdict_table
 from effnn.report.figures import (
     LINE_STYLES,
@@ -16,7 +17,7 @@ from effnn.report.figures import (
 from effnn.report.html import build_report
 from effnn.report.results import Results, ResultWriter, Value, load
 from effnn.report.rules import Rule, Verdict
-from effnn.report.tables import bench_table, write_claims
+from effnn.report.tables import write_claims
 
 __all__ = [
     "LINE_STYLES",
@@ -29,6 +30,7 @@ __all__ = [
     "Value",
     "Verdict",
     "band",
+    "bench",
     "bench_table",
     "build_report",
     "claims",

@@ -1,4 +1,8 @@
-"""`python -m effnn.report claims` writes the ledger and the README's tables; `html` builds results/report.html."""
+"""`python -m effnn.report claims` or `html`.
+
+claims: writes claims.json, CLAIMS.md and BENCH.md in results/, and the verdicts in README.md.
+html: builds results/report.html.
+"""
 
 import argparse
 import logging
@@ -13,7 +17,9 @@ log = logging.getLogger("effnn.report")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the two commands; returns the exit status, 1 with one sentence on a known error."""
-    parser = argparse.ArgumentParser(prog="python -m effnn.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m effnn.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("claims", "html"))
     what = parser.parse_args(arguments).what
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -5,6 +5,7 @@ A claim's id is the result key that answers it. Claims of the profile `laptop` a
 """
 
 import csv
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,19 @@ _ID = re.compile(r"[a-z0-9]+(\.[a-z0-9_]+)+")
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of data/claims.csv. published: None where the talk gives no number. notebook: two digits, "01"."""
+    """One row of data/claims.csv.
+
+    id: also the key of the result that answers it, e.g. "ltp.half".
+    slide: of the talk, or the paper.
+    claim: what is claimed, in one sentence.
+    kind: one of `rules.KINDS`.
+    published: the number, None where the talk gives none.
+    unit: what is measured.
+    held: the rule, fixed before the measurement.
+    direction: the weaker rule, None for none.
+    notebook: its two digits, "01".
+    profile: the profile that must answer it.
+    """
 
     id: str
     slide: str
@@ -43,7 +56,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Entry:
-    """A claim with its verdict. `result` is what answered it and `answered_by` whose value it is; None without one."""
+    """A claim with its verdict.
+
+    claim: the row.
+    verdict: the word and the reason.
+    result: the value that answered it, None without one.
+    answered_by: the profile that the value comes from.
+    notebook: the notebook's name, None while it is not built.
+    provenance: of the run that gave the value.
+    """
 
     claim: Claim
     verdict: Verdict
@@ -56,8 +77,9 @@ class Entry:
 def rows(path: Path | None = None) -> list[Claim]:
     """Return the claims in file order (data/claims.csv by default).
 
-    Raises InvalidInput naming file and line for a missing column, a duplicate or odd id, an unknown kind or profile, a
-    rule that cannot be read, a direction rule that is not the weaker one, or a published value that is no number.
+    Raises InvalidInput, naming file and line, for a missing column, a repeated or malformed id, an unknown kind or
+    profile, a rule that cannot be read, a direction rule that is not the weaker one, or a published value that is not a
+    number.
     """
     path = path or paths.CLAIMS
     with path.open(newline="", encoding="utf-8") as file:
@@ -72,7 +94,7 @@ def rows(path: Path | None = None) -> list[Claim]:
             except InvalidInput as error:
                 raise InvalidInput(f"{where} ({row['id'] or 'no id'}): {error}") from None
             if claim.id in claims:
-                raise InvalidInput(f"{where}: id {claim.id!r} stands there twice; an id is the key of one result")
+                raise InvalidInput(f"{where}: id {claim.id!r} is there twice; an id is the key of one result")
             claims[claim.id] = claim
     return list(claims.values())
 
@@ -84,12 +106,16 @@ def verdict(
     samples: Iterable[float] = (),
     note: str = "",
 ) -> Verdict:
-    """Return the verdict of a row's rules on a value; see `effnn.report.rules.judge`."""
+    """Return the verdict of a row's rules on a value.
+
+    row: the claim.
+    value, interval, samples, note: as `effnn.report.rules.judge` takes them.
+    """
     return rules.judge(row.kind, row.held, row.direction, value, interval, tuple(samples), note)
 
 
 def verdict_table(ids: Iterable[str] | str, source: ResultWriter | Results) -> pd.DataFrame:
-    """Return one row a claim: claim, published, ours, interval, unit, verdict, reason; for a notebook's closing cell.
+    """Return one row per claim for a notebook's closing cell: claim, published, ours, interval, unit, verdict, reason.
 
     ids: claim ids, or one prefix such as "ltp" for all its claims. A key that `source` lacks reads "no result yet".
     """
@@ -122,9 +148,9 @@ def verdict_table(ids: Iterable[str] | str, source: ResultWriter | Results) -> p
 
 
 def ledger() -> list[Entry]:
-    """Return every claim joined with the results there are, in the order of data/claims.csv.
+    """Return every claim joined with the results that exist, in the order of data/claims.csv.
 
-    A damaged result file raises InvalidInput rather than counting as none.
+    A damaged result file raises InvalidInput.
     """
     found: dict[tuple[str, str], Results | None] = {}
 
@@ -164,6 +190,17 @@ def notebook_of(digits: str) -> str | None:
     if len(names) > 1:
         raise InvalidInput(f"several notebooks begin with {digits}_: {', '.join(names)}; a number belongs to one")
     return names[0] if names else None
+
+
+def title(entry: Entry) -> str:
+    """Return the number and the first heading of a claim's notebook; the claim's prefix while it is not built."""
+    digits, name = entry.claim.notebook, entry.notebook
+    if name is None:
+        return f"{digits} {entry.claim.id.split('.')[0]}"
+    cells = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")).get("cells", ())
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell.get("cell_type") == "markdown")
+    heading = re.search(r"^# (.*)", text, flags=re.MULTILINE)
+    return f"{digits} {heading[1].strip().removeprefix(digits).lstrip(' .:-')}" if heading else name.replace("_", " ")
 
 
 def data_notes(notebook: str) -> list[str]:

@@ -74,8 +74,14 @@ def band(
 ) -> Line2D:
     """Draw a mean with its 95 % interval (low to high) as a shaded band; returns the line.
 
-    Without `color` the line takes the next colour, marker and line style of the cycle. A band of one colour given by
-    hand gets the marker and line style that belong to that colour.
+    ax: where it is drawn.
+    x: abscissae, as many as the three series have values.
+    mean: the line.
+    low: lower edge of the band.
+    high: upper edge.
+    label: in the legend.
+    color: of both, with the marker and line style that belong to it; None takes the next of the cycle.
+    options: go to `ax.plot`.
     """
     if not len(x) == len(mean) == len(low) == len(high):
         raise InvalidInput(f"band {label!r}: x, mean, low and high have {len(x)}, {len(mean)}, {len(low)}, {len(high)}")
@@ -100,8 +106,16 @@ def heatmap(
 ) -> Artist:
     """Draw a 2-D array, rows downwards, with its colour bar; returns the image.
 
-    Arrays of 0 and 1 (masks) get two tones and a bar reading pruned / kept. Others get one continuous scale from
-    `vmin` (0 unless values are negative) to `vmax`, and the numbers in the cells when there are few (`annotate`).
+    Arrays of 0 and 1 (masks) get two tones and a bar with the words pruned and kept; others get a continuous scale.
+    ax: where it is drawn.
+    array: 2-D.
+    title: above it.
+    xlabel: of the columns.
+    ylabel: of the rows.
+    colorbar: label of the bar.
+    vmin: lower end of the scale; None takes 0, or the smallest value where one is negative.
+    vmax: upper end; None takes the largest value.
+    annotate: whether cells show their numbers; None shows them where there are few cells.
     """
     array = np.asarray(array, dtype=float)
     if array.ndim != 2 or not array.size:

@@ -1,4 +1,4 @@
-"""Generated text inside a hand-written file: what stands between `<!-- name:begin -->` and `<!-- name:end -->`."""
+"""Generated text inside a hand-written file: what is between `<!-- name:begin -->` and `<!-- name:end -->`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from effnn.base import InvalidInput, write_text
 def fill(text: str, name: str, body: str) -> str:
     """Return `text` with `body` between the two markers of `name`; filling twice changes nothing more.
 
-    Raises InvalidInput unless each marker stands there exactly once, begin before end.
+    Raises InvalidInput unless each marker is there exactly once, begin before end.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -1,7 +1,7 @@
 """Where a number comes from: versions, machine, threads, commit, data and duration, as plain JSON.
 
-Nothing here fails for want of something: without git the commit is "unknown", without /proc the CPU is what Python
-knows of it.
+Nothing here fails where something is not available: without git the commit is "unknown", without /proc the CPU's name
+comes from Python.
 """
 
 import math
@@ -23,8 +23,7 @@ from effnn.base import load_average
 PACKAGES = ("torch", "transformers", "numpy")
 UNKNOWN = "unknown"
 BUSY = 1.5
-"""Load average for each core above which a machine counts as busy: two jobs that this project runs side by side on two
-cores come to about one."""
+"""Load average per core above which a machine counts as busy: two jobs side by side on two cores give about one."""
 
 
 def gather(
@@ -38,8 +37,13 @@ def gather(
 ) -> dict[str, object]:
     """Return the provenance of what is being written now, ready for JSON.
 
-    started: UTC time at which the work began; `duration_s` counts from there. fingerprints: data set -> sha256.
-    git, load_start: `git_state` and the load average as they were when the work began; None takes them now.
+    profile: size of the run.
+    parameters: name -> value.
+    seeds: of the samples.
+    started: UTC time at which the work began; `duration_s` counts from there.
+    fingerprints: data set -> sha256.
+    git: `git_state` when the work began; None takes it now.
+    load_start: load average when the work began; None takes it now.
     Keys: profile, parameters, seeds, versions, cpu, cores, threads, accelerator, platform, git_commit, git_dirty,
     start, duration_s, load_start, load_end (1-minute load averages, None where the system knows none), fingerprints.
     """
@@ -54,7 +58,7 @@ def gather(
         "versions": versions(),
         "cpu": cpu_model(),
         "cores": cores(),
-        # The parameter states what the work ran with; the present setting may be the notebook's, not the method's.
+        # The parameter says what the work ran with; the present setting may be another.
         "threads": int(parameters.get("threads") or torch.get_num_threads()),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
@@ -74,7 +78,7 @@ def cores() -> int | None:
 
 
 def busy(load: float | None, count: int | None) -> str:
-    """Return a few words on a load average above `BUSY` times the cores, and an empty text for a lower one."""
+    """Return a remark for a load average above `BUSY` times the cores, an empty text for a lower one."""
     if load is None or not count or not load > BUSY * count:
         return ""
     return f"measured on a busy machine (load {load:.1f} on {count} cores)"
@@ -85,7 +89,7 @@ def _rounded(load: float) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Return name -> version of Python, effnn and `PACKAGES`; "not installed" where that is so."""
+    """Return name -> version of Python, effnn and `PACKAGES`; "not installed" for one that is missing."""
     found = {"python": platform.python_version(), "effnn": effnn.__version__}
     for name in PACKAGES:
         try:
@@ -133,7 +137,7 @@ def _git(home: Path, *arguments: str) -> str | None:
 def fingerprint_differences(before: Mapping[str, object] | None, after: Mapping[str, object]) -> list[str]:
     """Return one sentence for each data set whose fingerprint differs between two provenances; [] when none does.
 
-    Results are compared under equal fingerprints only; a data set that one side lacks is no difference.
+    Results are compared under equal fingerprints only; a data set that only one side has does not count.
     """
     old, new = (dict((side or {}).get("fingerprints") or {}) for side in (before, after))
     return [

@@ -24,7 +24,7 @@ def load(name: str) -> pd.DataFrame:
         raise InvalidInput(f"no published numbers {name!r} in {paths.PUBLISHED}; there are: {known}")
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     if "source" not in frame.columns:
-        raise InvalidInput(f"{path.name} has no column 'source'; every published number names where it stands")
+        raise InvalidInput(f"{path.name} has no column 'source'; every published number names its source")
     unsourced = frame["source"].str.strip() == ""
     if unsourced.any():
         raise InvalidInput(f"{path.name} row {unsourced.idxmax() + 2}: no source given")

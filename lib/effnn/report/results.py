@@ -1,8 +1,8 @@
 """Result files of one notebook under one profile: tables, figures, named values and where they come from.
 
 A `ResultWriter` keeps everything in memory until `finish()`, which writes results.json last: an interrupted run leaves
-the former results as they were. results.json lists every file with its sha256, so a mixture of two runs is refused by
-`load`. The smoke profile writes under data/cache/smoke and never touches what is committed.
+the earlier results as they were. results.json lists every file with its sha256, so `load` refuses a mixture of two
+runs. The smoke profile writes under data/cache/smoke and never touches what is committed.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from types import TracebackType
 
 import numpy as np
 import pandas as pd
+import papermill
 from matplotlib.figure import Figure
 
 from effnn import paths
@@ -42,7 +43,16 @@ class FigureEntry:
 
 @dataclass(frozen=True)
 class Results:
-    """What one finished run left behind. `folder` holds <table>.csv, <figure>.svg and <figure>.png."""
+    """The results of one finished run.
+
+    notebook: file name without suffix.
+    profile: its size, also the name of the folder.
+    folder: holds <table>.csv, <figure>.svg and <figure>.png.
+    values: key -> number with its samples.
+    figures: name -> caption and claims.
+    tables: their names.
+    provenance: see `effnn.report.provenance.gather`.
+    """
 
     notebook: str
     profile: str
@@ -62,9 +72,12 @@ class Results:
 class ResultWriter:
     """Collects the results of one notebook and writes them all at the end.
 
-    notebook: file name without suffix, e.g. "01_post_training_pruning". profile: smoke, laptop, study, paper or a name
-    of your own (the ledger reads laptop and study only). Use it as a context manager (nothing is written when the block
-    fails) or call `finish()`. Giving a name twice replaces the earlier one, so notebook cells can be run again.
+    notebook: file name without suffix, e.g. "01_post_training_pruning".
+    profile: smoke, laptop, study, paper or a name of your own; the ledger reads laptop and study only.
+    parameters: of the run, for the provenance; inside a notebook `from_notebook` collects them.
+    seeds: of the samples, for the provenance.
+    Use it as a context manager (nothing is written when the block fails) or call `finish()`. Giving a name twice
+    replaces the earlier one, so notebook cells can be run again.
     """
 
     def __init__(
@@ -86,6 +99,19 @@ class ResultWriter:
         self._started, self._git = datetime.now(UTC), provenance.git_state(paths.HOME)
         self._load = load_average()
 
+    @classmethod
+    def from_notebook(cls, notebook: str, variables: Mapping[str, object], seeds: Iterable[int] = ()) -> "ResultWriter":
+        """Return the writer of a running notebook, with all parameters of its parameters cell.
+
+        notebook: as above; its file says which names are parameters. variables: the notebook's `globals()`, which hold
+        their values, those that papermill set included. seeds: of the samples, where the notebook draws several.
+        """
+        declared = papermill.inspect_notebook(paths.NOTEBOOKS / f"{notebook}.ipynb")
+        if missing := [name for name in ("profile", *declared) if name not in variables]:
+            raise InvalidInput(f"{notebook} has not set {', '.join(missing)}: run its parameters cell first")
+        parameters = {name: variables[name] for name in declared}
+        return cls(notebook, parameters["profile"], parameters, seeds)
+
     def value(
         self,
         key: str,
@@ -96,12 +122,16 @@ class ResultWriter:
         note: str = "",
         load: float | None = None,
     ) -> Value:
-        """Record one number under a claim's id, or a key of its own, and return it with its interval.
+        """Record one number and return it with its interval.
 
-        samples: one number a seed; `value` defaults to their mean. Neither: the claim was not attempted, and `note`
-        must say what it needs. load: of a measured time, the highest load average while it was measured (NaN: not
-        known); the verdict names a busy machine. Any other NaN, infinity and a value outside its own samples raise
-        InvalidInput.
+        key: a claim's id, or a name of your own.
+        value: the number; the mean of the samples where it is left out. With neither, the claim was not attempted.
+        samples: one number per seed.
+        unit: what the number is.
+        note: shown with the verdict; for a claim that was not attempted, what a measurement needs.
+        load: of a measured time, the highest load average during the measurement (NaN: not known); the verdict
+        names a busy machine.
+        Raises InvalidInput for any other NaN, for infinity and for a value outside its own samples.
         """
         _name("key", key)
         numbers = tuple(finite(key, item) for item in (() if samples is None else samples))
@@ -112,7 +142,7 @@ class ResultWriter:
         value = None if value is None else finite(key, value)
         slack = 1e-9 * max((abs(item) for item in numbers), default=0.0)
         if value is not None and numbers and not min(numbers) - slack <= value <= max(numbers) + slack:
-            raise InvalidInput(f"value {key!r} = {value} lies outside its own samples {list(numbers)}")
+            raise InvalidInput(f"value {key!r} = {value} is outside the range of its own samples {list(numbers)}")
         load = None if load is None or np.isnan(load) else round(finite("load", load), 2)
         self.values[key] = Value(value, numbers, interval(numbers), unit, note, load)
         return self.values[key]
@@ -126,7 +156,7 @@ class ResultWriter:
         return self._keep(f"{_name('table', name)}.csv", text.encode())
 
     def json(self, name: str, value: object) -> Path:
-        """Keep a value as <name>.json, for what is no table (a saved probe, a curve's fit); returns that path."""
+        """Keep a value as <name>.json, for what is not a table, such as a saved probe; returns that path."""
         if f"{_name('file', name)}.json" == FILE:
             raise InvalidInput(f"{FILE} is written by finish(); choose another name than {name!r}")
         return self._keep(f"{name}.json", (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -153,7 +183,7 @@ class ResultWriter:
     def finish(self) -> Path:
         """Write all files, results.json last, remove what only the former run had, and return results.json's path.
 
-        Says (log, warning) which data differ from those of the former results in the same place.
+        Logs a warning for each data set that differs from that of the former results in the same folder.
         """
         target, former = self.folder / FILE, _former(self.folder)
         origin = self.provenance()
@@ -239,7 +269,7 @@ def _former(place: Path) -> dict[str, object]:
 
 
 def _sha256(content: bytes) -> str:
-    # Git may check text out with other line ends; that is no other result.
+    # Git may check text out with other line ends; the result is the same.
     return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
 
 

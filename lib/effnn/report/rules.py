@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from effnn.base import InvalidInput
 
 KINDS = ("exact", "value", "direction", "figure", "table")
-MIN_SAMPLES = 3  # fewer paired seeds give no interval worth the name
+MIN_SAMPLES = 3  # paired seeds; fewer give no useful interval
 
 HELD = "held"
 IN_DIRECTION = "held in direction"
@@ -20,7 +20,7 @@ DID_NOT_HOLD = "did not hold"
 NOT_ATTEMPTED = "not attempted"
 NOT_BUILT = "not built yet"
 NO_RESULT = "no result yet"
-SEE_FIGURE = "see figure"  # a row that shows something and sets no rule: nothing is claimed of one number
+SEE_FIGURE = "see figure"  # for rows without a rule
 SEE_TABLE = "see table"
 WORDS = (HELD, IN_DIRECTION, DID_NOT_HOLD, NOT_ATTEMPTED, SEE_FIGURE, SEE_TABLE, NO_RESULT, NOT_BUILT)
 
@@ -31,7 +31,14 @@ _RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on one number, kept as the interval in which it is true; an open end does not belong to it."""
+    """A condition on one number, kept as the interval in which it is true.
+
+    low: lower end.
+    high: upper end.
+    low_open: whether the lower end is excluded.
+    high_open: whether the upper end is excluded.
+    text: the rule as it was written.
+    """
 
     low: float
     high: float
@@ -96,9 +103,13 @@ def judge(
 ) -> Verdict:
     """Return the verdict on one measured value.
 
-    kind: one of `KINDS`. interval: 95 % interval over at least `MIN_SAMPLES` paired seeds, None when there are fewer.
-    An `exact` quantity is counted, not estimated: one value is enough, and every sample must obey the rule itself.
-    A value of None means that the claim was not attempted; `note` then says what it needs.
+    kind: one of `KINDS`. An `exact` quantity is counted, so one value is enough and every sample must obey the rule.
+    held: the rule.
+    direction: the weaker rule, None for none.
+    value: the number; None where the claim was not attempted.
+    interval: 95 % interval over at least `MIN_SAMPLES` paired seeds, None with fewer.
+    samples: one number per seed.
+    note: for a claim that was not attempted, what it needs.
     """
     if kind not in KINDS:
         raise InvalidInput(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")

@@ -1,26 +1,22 @@
-"""The ledger and the benchmarks as files for people and programs: claims.json, CLAIMS.md and the tables in README.md.
+"""The ledger as files for people and programs: claims.json, CLAIMS.md and the lines of README.md.
 
 Everything here is a function of data/ and results/ alone, so writing twice changes nothing.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from effnn import paths
-from effnn.base import InvalidInput, write_json, write_text
-from effnn.report import markers, rules
-from effnn.report.claims import Entry, data_notes, ledger, notebook_of, rows
-from effnn.report.provenance import busy
+from effnn.base import write_json, write_text
+from effnn.report import bench, markers, rules
+from effnn.report.claims import Entry, data_notes, ledger, title
 from effnn.report.results import FILE, folder
-from effnn.report.rules import Rule, number, span_text
+from effnn.report.rules import number, span_text
 
 log = logging.getLogger(__name__)
 
-# What a reader of the ledger needs of a provenance; the whole of it is in the result file named beside it.
+# The part of a provenance that claims.json shows; all of it is in the result file that is named with it.
 _PROVENANCE = (
     *("git_commit", "git_dirty", "start", "duration_s", "load_start", "load_end"),
     *("cpu", "cores", "threads", "accelerator", "seeds"),
@@ -28,17 +24,19 @@ _PROVENANCE = (
 
 
 def write_claims() -> list[Entry]:
-    """Write results/claims.json, results/CLAIMS.md and the tables between README.md's markers; return the ledger."""
+    """Write claims.json, CLAIMS.md and BENCH.md in results/ and the lines between README.md's markers.
+
+    Returns the ledger.
+    """
     entries = ledger()
     write_json(paths.RESULTS / "claims.json", [as_record(entry) for entry in entries])
     write_text(paths.RESULTS / "CLAIMS.md", claims_markdown(entries))
+    write_text(paths.RESULTS / "BENCH.md", bench.bench_markdown())
     readme = paths.HOME / "README.md"
-    if not readme.is_file():
-        log.warning("%s does not exist; its tables are not written", readme)
-        return entries
-    markers.fill_file(readme, "claims", readme_table(entries))
-    if markers.has(readme, "bench"):
-        markers.fill_file(readme, "bench", bench_table())
+    if readme.is_file():
+        markers.fill_file(readme, "claims", readme_lines(entries))
+    else:
+        log.warning("%s does not exist; its table of verdicts is not written", readme)
     return entries
 
 
@@ -71,14 +69,20 @@ def as_record(entry: Entry) -> dict[str, object]:
     }
 
 
-def readme_table(entries: list[Entry]) -> str:
-    """Return the compact table of README.md: claim and what is measured, published, ours with its interval, verdict."""
-    body = []
-    for entry in entries:
-        claim = entry.claim
-        text = f"{claim.claim}<br><sub>`{claim.id}`: {claim.unit}</sub>"
-        body.append([text, number(claim.published), ours(entry), _verdict(entry)])
-    return f"{tally(entries)}\n\n{markers.table(['Claim', 'Published', 'Ours [95 %]', 'Verdict'], body)}"
+def readme_lines(entries: list[Entry]) -> str:
+    """Return the table of README.md, one row per notebook that exists with its verdicts, and a line for the others."""
+    body, waiting = [], []
+    for group in by_notebook(entries):
+        if group[0].notebook is None:
+            waiting += group
+        else:
+            link = f"[{title(group[0])}](notebooks/{group[0].notebook}.ipynb)"
+            body.append([link, str(len(group)), counts(group)])
+    lines = markers.table(["Notebook", "Claims", "Verdicts"], body)
+    if waiting:
+        rooms = ", ".join(f"{len(group)} in {title(group[0])}" for group in by_notebook(waiting))
+        lines += f"\n\nNot built yet: {len(waiting)} claims ({rooms})."
+    return lines
 
 
 def claims_markdown(entries: list[Entry]) -> str:
@@ -90,9 +94,8 @@ def claims_markdown(entries: list[Entry]) -> str:
         "quantity needs one value). *held in direction*: the weaker rule is, or the rule itself on the mean only.",
         tally(entries),
     ]
-    for digits in dict.fromkeys(entry.claim.notebook for entry in entries):
-        group = [entry for entry in entries if entry.claim.notebook == digits]
-        parts.append(f"## {group[0].notebook or f'{digits} (not built yet)'}")
+    for group in by_notebook(entries):
+        parts.append(f"## {group[0].notebook or f'{group[0].claim.notebook} (not built yet)'}")
         header = ["Id", "Slide", "Claim", "Unit", "Published", "Ours [95 %]", "Rule / weaker", "Verdict", "Why"]
         parts.append(markers.table(header, [_full_row(entry) for entry in group]))
         parts += [f"Note: {sentence}." for sentence in (data_notes(group[0].notebook) if group[0].notebook else ())]
@@ -101,14 +104,25 @@ def claims_markdown(entries: list[Entry]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def tally(entries: list[Entry]) -> str:
-    """Return the count of each verdict, in one line."""
+def by_notebook(entries: list[Entry]) -> list[list[Entry]]:
+    """Return the entries in one list per notebook, in the order of the notebooks' numbers."""
+    digits = sorted({entry.claim.notebook for entry in entries})
+    return [[entry for entry in entries if entry.claim.notebook == one] for one in digits]
+
+
+def counts(entries: list[Entry]) -> str:
+    """Return how often each verdict was given, in the order of `rules.WORDS`."""
     words = [entry.verdict.word for entry in entries]
-    return f"{len(words)} claims: " + ", ".join(f"{words.count(w)} {w}" for w in rules.WORDS if w in words) + "."
+    return ", ".join(f"{words.count(word)} {word}" for word in rules.WORDS if word in words)
+
+
+def tally(entries: list[Entry]) -> str:
+    """Return the number of claims and the count of each verdict, in one line."""
+    return f"{len(entries)} claims: {counts(entries)}."
 
 
 def ours(entry: Entry) -> str:
-    """Return the measured value with its interval, labelled when another profile than the asked one gave it."""
+    """Return the measured value with its interval, and the profile that gave it unless that is the laptop as asked."""
     if entry.result is None or entry.result.value is None:
         return "-"
     text = number(entry.result.value)
@@ -132,66 +146,6 @@ def origin_text(origin: Mapping[str, object]) -> str:
         f"profile {origin.get('profile')}, commit {str(origin.get('git_commit'))[:12]}{local}, {origin.get('start')}, "
         f"{duration}; {machine}; seeds {seeds}; {versions}; data {hashes or 'without fingerprint'}"
     )
-
-
-def bench() -> pd.DataFrame:
-    """Return data/bench.csv joined with results/bench.json, one row a key.
-
-    Columns: key, bar, unit, meaning, median, min, max, runs, note, also (details with a bound, such as peak memory over
-    its bound, which must be at most 1), measured (bool), state. The state is "meets the bar", "misses the bar" (both
-    with a word on a machine that was busy), "not measured", or "not built yet" while the notebook of the key's room
-    (as data/claims.csv names it) does not exist.
-    """
-    bars = pd.read_csv(paths.BENCH_BARS, dtype=str, keep_default_na=False)
-    measured = _bench_results()
-    notebooks = {claim.id.split(".")[0]: claim.notebook for claim in rows()}
-    table = []
-    for bar in bars.to_dict("records"):
-        rule = Rule.parse(bar["bar"])
-        if rule is None:
-            raise InvalidInput(f"{paths.BENCH_BARS}: key {bar['key']!r} has no bar")
-        digits = notebooks.get(bar["key"].split(".")[0])
-        state = "not built yet" if digits is None or notebook_of(digits) is None else "not measured"
-        line = dict(bar) | {"median": None, "min": None, "max": None, "runs": 0, "note": "", "also": "", "state": state}
-        line["measured"] = bar["key"] in measured
-        if line["measured"]:
-            found = measured[bar["key"]]
-            line |= {name: float(found[name]) for name in ("median", "min", "max")}
-            line |= {"runs": len(found.get("runs", ())), "note": str(found.get("note") or "")}
-            bounded = {k: v for k, v in (found.get("details") or {}).items() if k.endswith("_over_bound")}
-            met = rule.holds(line["median"]) and all(value <= 1 for value in bounded.values())
-            line["state"] = "meets the bar" if met else "misses the bar"
-            loads, origin = [one for one in found.get("load") or () if one == one], found.get("provenance") or {}
-            machine = busy(max(loads, default=None), origin.get("cores"))
-            line["state"] += f", {machine}" if machine else ""
-            line["also"] = "".join(f"; {k.replace('_', ' ')} {number(v)}" for k, v in bounded.items())
-        table.append(line)
-    return pd.DataFrame(table)
-
-
-def bench_table() -> str:
-    """Return the benchmarks as a Markdown table, the bar beside the measured median and its extremes."""
-    body = []
-    for line in bench().to_dict("records"):
-        value = "-"
-        if line["measured"]:
-            value = f"{number(line['median'])} [{number(line['min'])}, {number(line['max'])}], {line['runs']} runs"
-            value += line["also"]
-        body.append([f"`{line['key']}`", line["bar"], value, line["state"], line["meaning"]])
-    return markers.table(["Key", "Bar", "Median [min, max]", "State", "What is divided by what"], body)
-
-
-def _bench_results() -> dict[str, dict[str, object]]:
-    path = paths.RESULTS / "bench.json"
-    if not path.is_file():
-        return {}
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-        for found in keys.values():
-            _ = [float(found[name]) for name in ("median", "min", "max")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path} is damaged ({type(error).__name__}: {error}); run `make bench` again") from error
-    return keys
 
 
 def _full_row(entry: Entry) -> list[str]:

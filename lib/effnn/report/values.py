@@ -13,11 +13,14 @@ from effnn.report.rules import MIN_SAMPLES
 
 @dataclass(frozen=True)
 class Value:
-    """One named number; `value` None means not attempted, and `note` says what it needs.
+    """One named number.
 
-    samples: one number a seed (paired differences where the claim is a difference). interval: 95 % t interval over
-    them, None with fewer than three. load: of a measured time, the highest 1-minute load average while it was measured;
-    None for what is counted.
+    value: the number; None for not attempted.
+    samples: one number per seed, paired differences where the claim is a difference.
+    interval: 95 % t interval over the samples, None with fewer than three.
+    unit: what the number is.
+    note: shown with the verdict; for a claim that was not attempted, what it needs.
+    load: of a measured time, the highest 1-minute load average during the measurement; None for what is counted.
     """
 
     value: float | None
@@ -40,7 +43,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
 
 
 def read_value(item: Mapping[str, object]) -> Value:
-    """Return a stored value; its interval is computed from the samples again, never taken on trust."""
+    """Return a stored value; its interval is computed from the samples again."""
     number = None if item["value"] is None else finite("value", item["value"])
     samples = tuple(finite("samples", sample) for sample in item["samples"])
     load = None if item.get("load") is None else finite("load", item["load"])

@@ -1,9 +1,10 @@
-"""The parts of `effnn.reproduce`: checked parameters, the inputs of a notebook, and a kernel that cannot leak."""
+"""The parts of `effnn.reproduce`: checked parameters, what makes a notebook stale, and a kernel that
+ends with the runner."""
 
 from effnn.runner.kernel import Guard, NotebookFailed, execute
 from effnn.runner.parameters import Parameter, declared, from_text, resolve
 from effnn.runner.profiles import Profile, load_profile
-from effnn.runner.staleness import inputs_of, read_mark, stale_because, write_mark
+from effnn.runner.staleness import dependencies_of, read_mark, stale_because, write_mark
 
 __all__ = [
     "Guard",
@@ -13,7 +14,7 @@ __all__ = [
     "declared",
     "execute",
     "from_text",
-    "inputs_of",
+    "dependencies_of",
     "load_profile",
     "read_mark",
     "resolve",

@@ -1,7 +1,7 @@
 """Kills the process groups that its parent has named on standard input, once the parent is gone.
 
-Run as a script, in a session of its own. The end of the input is the signal: the kernel of the operating system closes
-the pipe however the parent ended, `kill -9` included. It needs no polling and, being given no other handle, no cleanup.
+Run as a script, in a session of its own. The end of the input is the signal: the operating system closes the pipe
+however the parent ended, `kill -9` included, so nothing has to be polled or cleaned up.
 """
 
 import os

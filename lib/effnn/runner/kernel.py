@@ -1,7 +1,7 @@
-"""Run one notebook through papermill in a kernel that is this interpreter and that never outlives the runner.
+"""Run one notebook through papermill, in a kernel of this interpreter that ends with the runner.
 
-The kernel leads a process group of its own, so whatever it starts can be killed with it: at the time limit, at the end
-of the notebook, and, through `effnn.runner.guard`, when the runner itself is killed.
+The kernel leads a process group, so that whatever it starts is killed with it: at the time limit, at the end of the
+notebook, and, through `effnn.runner.guard`, when the runner itself is killed.
 """
 
 import os
@@ -33,7 +33,7 @@ class NotebookFailed(EffnnError):
 
 
 class Guard:
-    """The process that kills our kernels if we die; a context manager, entered once for all notebooks."""
+    """The process that kills the kernels if this one dies; a context manager, entered once for all notebooks."""
 
     def __enter__(self) -> "Guard":
         self._process = None
@@ -48,7 +48,7 @@ class Guard:
             self._process.wait()
 
     def watch(self, group: int) -> None:
-        """Kill this process group if we die."""
+        """Kill this process group if this process dies."""
         self._say(f"watch {group}")
 
     def forget(self, group: int) -> None:
@@ -62,7 +62,7 @@ class Guard:
 
 
 PATIENCE = 600
-"""Seconds that a kernel may take to start, and its outputs to arrive: a busy machine is no dead kernel."""
+"""Seconds in which a kernel must start and its outputs arrive; long, since a busy machine is slow."""
 
 
 class _Literals(PythonTranslator):
@@ -87,11 +87,17 @@ def execute(
     progress_bar: bool = False,
     on_cell: Callable[..., None] | None = None,
 ) -> None:
-    """Run `notebook` with `parameters` (already checked), writing the executed copy to `output` as it goes.
+    """Run `notebook` with `parameters` (already checked), writing the executed copy after each cell.
 
-    time_limit: seconds, None for no limit. threads: what OpenMP may use in the kernel, None leaves the environment
-    alone. on_cell(cell, cell_index, ...) is called after each cell. Raises `NotebookFailed`, and KeyboardInterrupt
-    after Ctrl-C or a request to terminate.
+    notebook: the file.
+    output: the executed copy.
+    parameters: name -> value.
+    guard: entered by the caller, once for all notebooks.
+    time_limit: seconds, None for no limit.
+    threads: of OpenMP in the kernel; None leaves the environment as it is.
+    progress_bar: whether papermill draws one.
+    on_cell: called as on_cell(cell, cell_index, ...) after each cell.
+    Raises `NotebookFailed`, and KeyboardInterrupt after Ctrl-C or SIGTERM.
     """
     running: list[int] = []
     out_of_time, interrupted = threading.Event(), threading.Event()
@@ -143,7 +149,7 @@ def execute(
             _kill(running)
             for group in running:
                 guard.forget(group)
-    if interrupted.is_set():  # it came after the last cell: the notebook is whole, but the user wants to stop
+    if interrupted.is_set():  # after the last cell: the notebook is complete, but the user wants to stop
         raise KeyboardInterrupt
 
 
@@ -152,10 +158,10 @@ def _manager(folder: Path, started: Callable[[int], None]) -> type[AsyncKernelMa
 
     class Manager(AsyncKernelManager):
         def __init__(self, **options: object):
-            # No folder is searched, so that a "python3" which some other environment has installed is never found.
+            # No folder is searched, so that a "python3" of another environment is never found.
             options["kernel_spec_manager"] = KernelSpecManager(kernel_dirs=[])
             if os.name == "posix" and len(str(folder)) <= LONGEST_SOCKET_FOLDER:
-                # Sockets in a folder of our own: no port to race for, and no warning about unencrypted TCP.
+                # Unix sockets: no port to compete for, and no warning about unencrypted TCP.
                 options.update(transport="ipc", connection_file=str(folder / "kernel.json"))
             super().__init__(**options)
 
@@ -171,13 +177,15 @@ def _kill(groups: list[int]) -> None:
         try:
             os.killpg(group, signal.SIGKILL) if os.name == "posix" else os.kill(group, signal.SIGTERM)
         except OSError:
-            pass  # It has ended by itself, as it should.
+            pass  # it has already ended
 
 
 @contextmanager
 def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM call `stop`. An exception in the midst of asyncio would leave its tasks in disorder; a
-    kernel that is gone ends the notebook in order. A second Ctrl-C interrupts as usual."""
+    """Call `stop` on Ctrl-C or SIGTERM; a second one interrupts as usual.
+
+    An exception inside asyncio would leave tasks behind; a killed kernel ends the notebook cleanly.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -196,7 +204,7 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _openmp_threads(count: int | None) -> Iterator[None]:
-    """The environment that the kernel inherits, with as many OpenMP threads as the notebook's `threads` parameter."""
+    """Let the kernel inherit OMP_NUM_THREADS = `count`; None changes nothing."""
     before = os.environ.get("OMP_NUM_THREADS")
     if count:
         os.environ["OMP_NUM_THREADS"] = str(count)

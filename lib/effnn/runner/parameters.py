@@ -1,21 +1,32 @@
 """The parameters cell of a notebook: its names and types, and values checked against them before anything runs.
 
-papermill only warns about a name that it does not know, and YAML reads `1e-4` as text; here both are settled first.
+papermill only warns about an unknown name, and YAML reads `1e-4` as text; both are settled here first.
 """
 
 import ast
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
 import papermill
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from effnn.base import InvalidInput
 
-SCALARS = {"int": int, "float": float, "bool": bool, "str": str}
+
+def _number(value: object) -> object:
+    return float(value) if isinstance(value, str) else value  # YAML reads 1e-4 as text
+
+
+SCALARS = {
+    "int": StrictInt,
+    "float": Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number)],
+    "bool": StrictBool,
+    "str": StrictStr,
+}
 CONTAINERS = {"list": list, "tuple": tuple, "dict": dict}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXAMPLES = {
@@ -48,12 +59,12 @@ def declared(notebook: Path) -> dict[str, Parameter]:
     try:
         content = nbformat.read(notebook, as_version=4)
     except Exception as error:  # whatever nbformat raises for a half-saved file or merge markers
-        raise InvalidInput(f"{notebook.name} is no readable notebook ({type(error).__name__}): restore it") from None
+        raise InvalidInput(f"{notebook.name} is not a readable notebook ({type(error).__name__}): restore it") from None
     cells = [
         cell for cell in content.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
     ]
     if len(cells) != 1:
-        raise InvalidInput(f"{notebook.name}: {len(cells)} cells are tagged 'parameters'; exactly one is wanted")
+        raise InvalidInput(f"{notebook.name}: {len(cells)} cells are tagged 'parameters'; expected exactly one")
     try:
         found = [_read(statement) for statement in ast.parse(cells[0].source).body]
     except (SyntaxError, InvalidInput) as error:
@@ -130,68 +141,47 @@ def _refuse_unknown(
 
 
 def _parse(text: str, parameter: Parameter, where: str) -> object:
-    if parameter.annotation == "str":
+    if parameter.annotation in ("str", "float"):
         return text
     if parameter.annotation == "bool":
         return BOOLEANS.get(text.strip().lower(), text)
-    if parameter.annotation == "float":
-        return text  # _convert reads it, as it does for YAML's 1e-4
     try:
-        value = ast.literal_eval(text.strip())
+        return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         raise _mistyped(text, parameter, where) from None
-    if parameter.annotation in ("list", "tuple") and not isinstance(value, list | tuple):
-        raise _mistyped(text, parameter, where)
-    return value
 
 
 def _convert(value: object, parameter: Parameter, where: str) -> object:
+    try:
+        return TypeAdapter(_type_of(parameter)).validate_python(value)
+    except ValidationError:
+        raise _mistyped(value, parameter, where) from None
+
+
+def _type_of(parameter: Parameter) -> object:
+    """The declared type for pydantic; elements of a bare list or tuple have the type of the default's elements."""
     kind = parameter.annotation
     if kind in SCALARS:
-        return _scalar(value, kind, parameter, where)
+        return SCALARS[kind]
+    items = parameter.items or (() if kind == "dict" else _common_kind(parameter.default))
+    types = [SCALARS[item] for item in items] or [object]
     if kind == "dict":
-        if not isinstance(value, Mapping):
-            raise _mistyped(value, parameter, where)
-        key_kind, item_kind = (parameter.items + (None, None))[:2]
-        return {
-            _item(key, key_kind, parameter, where): _item(item, item_kind, parameter, where)
-            for key, item in value.items()
-        }
-    if not isinstance(value, list | tuple):
-        raise _mistyped(value, parameter, where)
-    item_kind = parameter.items[0] if parameter.items else _common_kind(parameter.default)
-    return CONTAINERS[kind](_item(item, item_kind, parameter, where) for item in value)
+        return dict[types[0], (types[1:] or [object])[0]]
+    return list[types[0]] if kind == "list" else tuple[types[0], ...]
 
 
-def _item(value: object, kind: str | None, parameter: Parameter, where: str) -> object:
-    return value if kind is None else _scalar(value, kind, parameter, where)
-
-
-def _common_kind(default: object) -> str | None:
-    """The type of a bare list's elements, when its default shows one: a list of floats takes 1e-4 and 1 as floats."""
-    kinds = {type(item).__name__ for item in default} if isinstance(default, list | tuple) else set()
+def _common_kind(default: Sequence[object]) -> tuple[str, ...]:
+    """The one type of the elements, () where they differ; a list of floats and ints takes 1e-4 and 1 as floats."""
+    kinds = {type(item).__name__ for item in default}
     if kinds == {"int", "float"}:
-        return "float"
-    return kinds.pop() if len(kinds) == 1 and kinds <= set(SCALARS) else None
-
-
-def _scalar(value: object, kind: str, parameter: Parameter, where: str) -> object:
-    if kind == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            raise _mistyped(value, parameter, where) from None
-        if math.isfinite(number):
-            return number
-    elif type(value) is SCALARS[kind]:
-        return value
-    raise _mistyped(value, parameter, where)
+        return ("float",)
+    return tuple(kinds) if len(kinds) == 1 and kinds <= set(SCALARS) else ()
 
 
 def _mistyped(value: object, parameter: Parameter, where: str) -> InvalidInput:
     kind = parameter.annotation + (f"[{', '.join(parameter.items)}]" if parameter.items else "")
     return InvalidInput(
-        f"{where}: parameter '{parameter.name}' wants {kind}, for example {EXAMPLES[parameter.annotation]}; "
+        f"{where}: parameter '{parameter.name}' must be {kind}, for example {EXAMPLES[parameter.annotation]}; "
         f"got {value!r} ({type(value).__name__})"
     )
 

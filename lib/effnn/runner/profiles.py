@@ -43,7 +43,7 @@ def load_profile(name: str, notebooks: list[str]) -> Profile:
     content = _read(path)
     minutes = content.pop(LIMIT, None)
     if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0):
-        raise InvalidInput(f"{path.name}: {LIMIT} wants a positive number of minutes; got {minutes!r}")
+        raise InvalidInput(f"{path.name}: {LIMIT} must be a positive number of minutes; got {minutes!r}")
     for notebook, values in content.items():
         if notebook not in notebooks:
             raise InvalidInput(
@@ -51,7 +51,7 @@ def load_profile(name: str, notebooks: list[str]) -> Profile:
                 f"the notebooks are {', '.join(notebooks) or 'none'}"
             )
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise InvalidInput(f"{path.name}: under '{notebook}' lines of the form 'parameter: value' are wanted")
+            raise InvalidInput(f"{path.name}: under '{notebook}' expected lines of the form 'parameter: value'")
         if values.setdefault("profile", name) != name:
             raise InvalidInput(f"{path.name}: under '{notebook}' profile must be '{name}'; got {values['profile']!r}")
     return Profile(name, content, None if minutes is None else 60.0 * minutes, path.name)
@@ -63,5 +63,5 @@ def _read(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         raise InvalidInput(f"{path.name} is not readable YAML: {error}") from None
     if not isinstance(content, dict):
-        raise InvalidInput(f"{path.name}: a mapping from notebook names to parameters is wanted")
+        raise InvalidInput(f"{path.name}: expected a mapping from notebook names to parameters")
     return content

@@ -1,7 +1,7 @@
 """What a notebook's result depends on, and the marks by which an unchanged notebook is skipped.
 
-Inputs are hashed one by one, so that a rerun can say what changed. Marks lie under data/cache only: a fresh clone runs
-everything although results are committed, and a result that was changed or deleted since is made again.
+Each dependency has a hash of its own, so that a rerun can say what changed. Marks are under data/cache only, so a fresh
+clone runs everything although results are committed. A result that was changed or deleted since is made again.
 """
 
 import hashlib
@@ -20,13 +20,16 @@ from effnn.base.imports import PACKAGE, library_files
 LOCKS = ("requirements.lock", "requirements-ccl.lock")
 
 
-def inputs_of(notebook: Path, parameters: Mapping[str, object], profile: str) -> dict[str, str]:
-    """Return input -> hash for one notebook: its cells, its parameters, the Python version, the locks, published
-    numbers and claims, the library files it imports (directly or not), data given by path, and, but for the study
-    itself, the study's results of the same notebook."""
+def dependencies_of(notebook: Path, parameters: Mapping[str, object], profile: str) -> dict[str, str]:
+    """Return the dependencies of one notebook's results, each with its hash.
+
+    They are its cells, its parameters, the Python version, the locks, published numbers and claims, the library files
+    that it imports (directly or not), data given by path, and, except for the study itself, the study's results of the
+    same notebook.
+    """
     cells = nbformat.read(notebook, as_version=4).cells
     source = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
-    inputs = {
+    dependencies = {
         "the notebook": _hash_text(json.dumps(source)),
         "the parameters": _hash_text(repr(sorted(parameters.items()))),
         "the Python version": platform.python_version(),
@@ -36,15 +39,15 @@ def inputs_of(notebook: Path, parameters: Mapping[str, object], profile: str) ->
         files += sorted(path for path in paths.results_of("study", notebook.stem).glob("*.*") if _is_result(path))
     code = (cell.source for cell in cells if cell.cell_type == "code")
     files += library_files(TransformerManager().transform_cell(source) for source in code)  # without %magic and !shell
-    inputs |= {_label(path): _hash_file(path) for path in files}
-    inputs |= {
+    dependencies |= {_label(path): _hash_file(path) for path in files}
+    dependencies |= {
         f"data at {value}": _hash_folder(Path(value).expanduser()) for value in parameters.values() if _is_path(value)
     }
-    return inputs
+    return dependencies
 
 
 def mark_path(profile: str, notebook: str) -> Path:
-    """Where the mark of a finished notebook lies."""
+    """The file that marks a finished notebook."""
     return paths.CACHE / "marks" / profile / f"{notebook}.json"
 
 
@@ -56,26 +59,26 @@ def read_mark(profile: str, notebook: str) -> dict | None:
         return None
 
 
-def write_mark(profile: str, notebook: str, inputs: Mapping[str, str], results: Path) -> None:
-    """Note that the notebook has finished with these inputs and wrote this results file."""
-    write_json(mark_path(profile, notebook), {"inputs": dict(inputs), "results": _hash_file(results)})
+def write_mark(profile: str, notebook: str, dependencies: Mapping[str, str], results: Path) -> None:
+    """Record that the notebook has finished with these dependencies and wrote this results file."""
+    write_json(mark_path(profile, notebook), {"dependencies": dict(dependencies), "results": _hash_file(results)})
 
 
-def stale_because(mark: dict | None, inputs: Mapping[str, str], results: Path, executed: Path) -> str:
+def stale_because(mark: dict | None, dependencies: Mapping[str, str], results: Path, executed: Path) -> str:
     """Return why a notebook must run, empty when it need not."""
-    if not isinstance(mark, dict) or not isinstance(mark.get("inputs"), dict):
+    if not isinstance(mark, dict) or not isinstance(mark.get("dependencies"), dict):
         return "not run here before"
     if not results.is_file() or not executed.is_file():
-        return "its results are not there"
-    if _hash_file(results) != mark.get("results") or not _files_stand(results):
+        return "its results are missing"
+    if _hash_file(results) != mark.get("results") or not _files_match(results):
         return "its results were changed since"
-    before = mark["inputs"]
-    changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+    before = mark["dependencies"]
+    changed = [name for name in {**before, **dependencies} if before.get(name) != dependencies.get(name)]
     return "" if not changed else f"changed: {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}"
 
 
-def _files_stand(results: Path) -> bool:
-    """Whether the tables and figures that the results file lists, with their sha256, are still those of that run."""
+def _files_match(results: Path) -> bool:
+    """Whether the tables and figures that the results file lists still have the sha256 that it gives."""
     try:
         listed = json.loads(results.read_text(encoding="utf-8")).get("files", {})
     except (OSError, ValueError, AttributeError):

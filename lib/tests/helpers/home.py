@@ -32,8 +32,5 @@ def make_home(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(paths, name, path)
     cells = [{"cell_type": "markdown", "source": ["# 01. A demonstration\n", "text"]}]
     (root / "notebooks" / f"{NOTEBOOK}.ipynb").write_text(json.dumps({"cells": cells}))
-    (root / "README.md").write_text(
-        "# Demo\n\n<!-- claims:begin -->\nold\n<!-- claims:end -->\n\nbetween\n\n"
-        "<!-- bench:begin -->\n<!-- bench:end -->\nlast line\n"
-    )
+    (root / "README.md").write_text("# Demo\n\n<!-- claims:begin -->\nold\n<!-- claims:end -->\n\nlast line\n")
     return root

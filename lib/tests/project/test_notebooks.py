@@ -50,7 +50,7 @@ def problems(path: Path) -> list[str]:
         found.append("an error output")
     shown = [cell for cell in code if "nbval-check-output" in tags(cell) and re.search(r"\d", text_of(cell))]
     if len(shown) < CHECKED:
-        found.append(f"{len(shown)} cells tagged nbval-check-output show a number; at least {CHECKED} are wanted")
+        found.append(f"{len(shown)} cells tagged nbval-check-output show a number; at least {CHECKED} must")
     for cell in code:
         found += [what for pattern, what in RELATIVE.items() if re.search(pattern, cell.source)]
         found += [f"the function {name} is longer than {LONGEST} lines" for name in long_functions(cell.source)]
@@ -58,7 +58,7 @@ def problems(path: Path) -> list[str]:
     if OF_A_MACHINE.search(json.dumps([shown_or_kept, notebook.metadata])):
         found.append("an output or its metadata names a folder of the machine that ran it")
     if path.stat().st_size > LARGEST:
-        found.append(f"{path.stat().st_size} bytes; at most {LARGEST} are wanted")
+        found.append(f"{path.stat().st_size} bytes; at most {LARGEST} are allowed")
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("its kernel is not python3")
     return found

@@ -1,4 +1,4 @@
-"""README.md's code runs, in order and in one namespace, and the commands it names exist."""
+"""The code of README.md and of each card's "Examples" runs, in order and in one namespace, and its commands exist."""
 
 import re
 import subprocess
@@ -13,17 +13,29 @@ MAKEFILE = (paths.HOME / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, flags=re.MULTILINE))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+CARDS = sorted((paths.LIB / "effnn").glob("*/README.md"))
 
 
-def test_the_python_blocks_run(tmp_path):
-    code = "\n\n".join(blocks("python"))
-    assert code, "README.md shows no Python"
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def examples():
+    """README.md, and what follows the heading "Examples" of each card that has one."""
+    cards = {card.parent.name: card.read_text(encoding="utf-8").partition("\n## Examples\n")[2] for card in CARDS}
+    return {"README": README} | {name: text for name, text in cards.items() if blocks("python", text)}
+
+
+@pytest.mark.parametrize("text", examples().values(), ids=examples().keys())
+def test_the_python_blocks_run(text, tmp_path):
     script = tmp_path / "readme.py"
-    script.write_text(code, encoding="utf-8")
+    script.write_text("\n\n".join(blocks("python", text)), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-500:]}{done.stderr[-3000:]}"
+
+
+def test_the_methods_are_shown():
+    assert {"README", "ltp", "staged", "comm"} <= examples().keys()
 
 
 def test_the_two_commands_are_there():

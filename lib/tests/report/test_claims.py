@@ -14,6 +14,7 @@ from effnn.base import InvalidInput
 from effnn.report import (
     ResultWriter,
     Rule,
+    bench,
     claims,
     ledger,
     markers,
@@ -211,8 +212,8 @@ def test_the_committed_ledger_is_the_one_that_the_committed_results_give():
         assert row["value"] == (entry.result.value if entry.result else None), row["id"]
     assert (paths.RESULTS / "CLAIMS.md").read_text(encoding="utf-8") == tables.claims_markdown(found)
     readme = (paths.HOME / "README.md").read_text(encoding="utf-8")
-    assert markers.fill(readme, "claims", tables.readme_table(found)) == readme
-    assert markers.fill(readme, "bench", tables.bench_table()) == readme
+    assert markers.fill(readme, "claims", tables.readme_lines(found)) == readme
+    assert (paths.RESULTS / "BENCH.md").read_text(encoding="utf-8") == bench.bench_markdown()
 
 
 def test_the_ledger_agrees_with_the_rules_taken_one_by_one():
@@ -373,7 +374,7 @@ def test_files_are_complete_and_a_second_run_changes_nothing(home):
     record(loss=[0.1, 0.2, 0.3], exact=[1.0])
     record("study", study=[25.0, 26.0, 27.0])
     assert main(["claims"]) == 0
-    names = [paths.RESULTS / "claims.json", paths.RESULTS / "CLAIMS.md", home / "README.md"]
+    names = [paths.RESULTS / name for name in ("claims.json", "CLAIMS.md", "BENCH.md")] + [home / "README.md"]
     first = [path.read_bytes() for path in names]
     write_claims()
     assert [path.read_bytes() for path in names] == first
@@ -384,11 +385,13 @@ def test_files_are_complete_and_a_second_run_changes_nothing(home):
     loss = next(row for row in listed if row["id"] == "demo.loss")
     assert loss["verdict"] == "held" and loss["spread"][0] < loss["value"] < loss["spread"][1]
     assert loss["provenance"]["file"] == "results/laptop/01_demo/results.json"
-    for text in first[1:]:
-        assert all(claim.id in text.decode() for claim in claims.rows())
-    readme = first[2].decode()
+    ledger_page, bench_page, readme = (text.decode() for text in first[1:])
+    assert all(claim.id in ledger_page for claim in claims.rows())
+    assert "| **held** |" in ledger_page and "26 [" in ledger_page and "(study)" in ledger_page
+    assert "`demo.speed`" in bench_page and "`later.speed`" in bench_page
     assert readme.startswith("# Demo\n") and readme.endswith("last line\n") and "\nold\n" not in readme
-    assert "| **held** |" in readme and "26 [" in readme and "(study)" in readme
+    assert "| [01 A demonstration](notebooks/01_demo.ipynb) | 5 | 3 held, 2 no result yet |" in readme
+    assert "Not built yet: 1 claims (1 in 02 later)." in readme
 
 
 def test_a_readme_without_markers_is_refused_and_left_alone(home):
@@ -435,27 +438,27 @@ def test_verdict_table_in_a_notebook(home):
 
 
 def test_bench_table_puts_the_bar_beside_the_median(home):
-    assert tables.bench().state.tolist() == ["not measured", "not built yet"]
+    assert bench.bench().state.tolist() == ["not measured", "not built yet"]
     (home / "notebooks" / "02_later.ipynb").write_text('{"cells": []}')
     measured = {"median": 1.25, "min": 1.2, "max": 1.4, "runs": [1.2, 1.25, 1.4], "unit": "ratio", "note": ""}
     keys = {"demo.speed": measured, "later.speed": measured}
     (paths.RESULTS / "bench.json").write_text(json.dumps(keys))
-    assert tables.bench().state.tolist() == ["meets the bar", "misses the bar"]
+    assert bench.bench().state.tolist() == ["meets the bar", "misses the bar"]
     assert (
-        "| `demo.speed` | <=1.5 | 1.25 [1.2, 1.4], 3 runs | meets the bar | ours over theirs |" in tables.bench_table()
+        "| `demo.speed` | <=1.5 | 1.25 [1.2, 1.4], 3 runs | meets the bar | ours over theirs |" in bench.bench_table()
     )
     for share, state in ((0.9, "meets the bar"), (1.01, "misses the bar")):
         bounded = measured | {"details": {"peak_over_bound": share, "peak_bytes": 5.0}}
         (paths.RESULTS / "bench.json").write_text(json.dumps({"demo.speed": bounded}))
-        assert tables.bench().state[0] == state
-        assert f"3 runs; peak over bound {share} | {state}" in tables.bench_table()
+        assert bench.bench().state[0] == state
+        assert f"3 runs; peak over bound {share} | {state}" in bench.bench_table()
     busy = measured | {"load": [0.5, 9.0, float("nan")], "provenance": {"cores": 4}}
     (paths.RESULTS / "bench.json").write_text(json.dumps({"demo.speed": busy}))
-    assert tables.bench().state[0] == "meets the bar, measured on a busy machine (load 9.0 on 4 cores)"
+    assert bench.bench().state[0] == "meets the bar, measured on a busy machine (load 9.0 on 4 cores)"
     (paths.RESULTS / "bench.json").write_text('{"demo.speed": {}}')
     with pytest.raises(InvalidInput, match="bench.json is damaged"):
-        tables.bench()
+        bench.bench()
 
 
 def test_the_projects_bars_can_be_read():
-    assert len(tables.bench()) >= 19 and len(tables.bench_table().splitlines()) >= 21
+    assert len(bench.bench()) >= 19 and len(bench.bench_table().splitlines()) >= 21

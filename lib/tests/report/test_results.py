@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +56,22 @@ def test_what_is_written_is_read_back(home):
     assert origin["fingerprints"] == {"docstrings": "ab" * 32}
     assert {"python", "torch", "transformers", "numpy", "effnn"} <= origin["versions"].keys()
     assert origin["cpu"] and origin["platform"] and origin["duration_s"] >= 0 and "T" in origin["start"]
+
+
+def test_a_notebook_hands_over_all_its_parameters(home):
+    lines = ('profile: str = "smoke"  # size', "threads: int = 1  # of torch", "rates: list = [0.1]  # to try")
+    cell = nbformat.v4.new_code_cell("\n".join(lines))
+    cell.metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
+    nbformat.write(notebook, paths.NOTEBOOKS / f"{NOTEBOOK}.ipynb")
+    variables = {"profile": "laptop", "threads": 2, "rates": [0.2], "something_else": 7}  # as papermill set them
+    writer = ResultWriter.from_notebook(NOTEBOOK, variables, seeds=range(3))
+    assert writer.profile == "laptop" and writer.provenance()["seeds"] == [0, 1, 2]
+    assert writer.provenance()["parameters"] == {"profile": "laptop", "threads": 2, "rates": [0.2]}
+    del variables["rates"]
+    with pytest.raises(InvalidInput, match="has not set rates"):
+        ResultWriter.from_notebook(NOTEBOOK, variables)
 
 
 def test_json_is_kept_beside_the_tables(home):
@@ -195,7 +212,7 @@ def test_other_line_ends_are_no_damage(home):
         (lambda w: w.value("demo.loss", float("nan")), "finite"),
         (lambda w: w.value("demo.loss", samples=[1.0, float("inf")]), "finite"),
         (lambda w: w.value("demo.loss"), "note"),
-        (lambda w: w.value("demo.loss", 5.0, samples=[1.0, 2.0, 3.0]), "outside its own samples"),
+        (lambda w: w.value("demo.loss", 5.0, samples=[1.0, 2.0, 3.0]), "outside the range of its own samples"),
         (lambda w: w.value("demo.loss", "high"), "expected a number"),
         (lambda w: w.value("Demo Loss", 1.0), "lower-case"),
         (lambda w: w.table("../escape", pd.DataFrame()), "lower-case"),
