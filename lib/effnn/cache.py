@@ -5,6 +5,7 @@ Memory lacks: the version of all code behind a value in its key, atomic writes, 
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -19,7 +20,7 @@ from effnn.base.imports import code_digest, files_behind
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-LIBRARIES = ("torch", "transformers", "numpy")
+LIBRARIES = ("torch", "transformers", "numpy", "scipy")
 """Whose versions are part of every key."""
 
 _STARTED = time.time()
@@ -45,8 +46,7 @@ def remember(name: str, key: Mapping[str, object], compute: Callable[[], T]) -> 
         except Exception as error:
             log.warning("cache entry %s is damaged (%s: %s); making it again", path, type(error).__name__, error)
     value = compute()
-    edited = [file for file in files_behind(compute) if file.exists() and file.stat().st_mtime > _STARTED]
-    if edited:
+    if edited := _edited(compute):
         names = ", ".join(sorted({file.name for file in edited}))
         log.warning("%s was edited while this process ran: the value is not cached; start Python again", names)
         return value
@@ -56,7 +56,17 @@ def remember(name: str, key: Mapping[str, object], compute: Callable[[], T]) -> 
 
 
 def entry(name: str, key: Mapping[str, object], function: Callable) -> Path:
-    """The file for the value of this key, made by `function` with this version of its code; it need not exist."""
+    """The file for the value of this key, made by `function` with this version of its code; it need not exist.
+
+    Where a file of that code was edited after this process started, the entry belongs to this process alone.
+    """
     versions = {library: metadata.version(library) for library in LIBRARIES}
-    digest = joblib.hash({"key": dict(key), "code": code_digest(function), "libraries": versions})
-    return paths.CACHE / name / f"{digest}.joblib"
+    whole = {"key": dict(key), "code": code_digest(function), "libraries": versions}
+    if _edited(function):
+        whole["process"] = (os.getpid(), _STARTED)
+    return paths.CACHE / name / f"{joblib.hash(whole)}.joblib"
+
+
+def _edited(function: Callable) -> list[Path]:
+    """Files of its code that may not be what runs here."""
+    return [file for file in files_behind(function) if file.exists() and file.stat().st_mtime > _STARTED]

@@ -145,6 +145,30 @@ def test_code_that_was_edited_while_the_process_runs_is_not_filed_under_the_new_
     assert "mine.py was edited" in caplog.text
 
 
+def test_partial_work_of_edited_code_stays_with_the_process_that_did_it(tmp_path, monkeypatch):
+    """A checkpoint that a later process would go on from must not stand under the key of the new text."""
+    mine = module(tmp_path / "mine.py", "def f():\n    return 1\n")
+    soon = time.time() + 1
+    os.utime(tmp_path / "mine.py", (soon, soon))
+    here = cache.entry("thing", {}, mine.f)
+    assert here == cache.entry("thing", {}, mine.f)
+    monkeypatch.setattr(cache, "_STARTED", soon + 1)  # the next process
+    assert cache.entry("thing", {}, mine.f) != here
+
+
+def test_functions_handed_to_a_partial_and_modules_imported_by_a_literal_name_count(package):
+    (package / "near/beside.py").write_text(
+        "import importlib\n\n\ndef b():\n    importlib.import_module('effnn.near.far')\n"
+    )
+    (package / "table.csv").write_text("1")
+    start = module(package / "start.py", START)
+    beside = module(package / "near/beside.py", (package / "near/beside.py").read_text())
+    for given in (functools.partial(start.f, beside.b), functools.partial(start.f, key=functools.partial(beside.b))):
+        names = {path.relative_to(package).as_posix() for path in imports.files_behind(given)}
+        assert {"near/beside.py", "near/far.py", "table.csv"} <= names
+    assert "near/beside.py" not in {path.name for path in imports.files_behind(functools.partial(start.f, 1, a="b"))}
+
+
 def test_a_damaged_entry_is_made_again(folder, caplog):
     cache.remember("thing", {}, Counted(torch.ones(1000)))
     (path,) = folder.iterdir()

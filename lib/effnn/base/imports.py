@@ -1,8 +1,8 @@
 """Which files of effnn a piece of code uses: the closure of its imports.
 
 Results depend on code, and a list of modules kept by hand is soon incomplete. Imports are read from syntax trees, so
-nothing is imported to find them, and an import inside a function counts. Names that are put together at run time
-(`importlib.import_module(f"...")`) are not found.
+nothing is imported to find them; an import inside a function counts, and so does `import_module` with a literal name.
+Names that are put together at run time (`importlib.import_module(f"...")`) are not found.
 """
 
 import ast
@@ -29,12 +29,16 @@ def library_files(sources: Iterable[str]) -> list[Path]:
 def files_behind(function: Callable) -> list[Path]:
     """Return the file that defines `function` and the files of effnn that it imports, directly or not, sorted.
 
-    function: of a module that was read from a file, also as a `functools.partial`, a method or an object with
-    `__call__`. Raises InvalidInput for one without a file (typed into a notebook or at a prompt).
+    function: of a module that was read from a file, also as a method, an object with `__call__`, or a
+    `functools.partial`, of which the functions among its arguments count as well. Raises InvalidInput for one without a
+    file (typed into a notebook or at a prompt).
     """
-    start = _source_file(function)
-    package = start.parent.relative_to(PACKAGE.parent).parts if start.is_relative_to(PACKAGE) else ()
-    return _closure(_imports_of(start, ".".join(package), *_stamp(start)), {start})
+    waiting, starts = [], set()
+    for start in {_source_file(one) for one in _functions(function)}:
+        package = start.parent.relative_to(PACKAGE.parent).parts if start.is_relative_to(PACKAGE) else ()
+        waiting += _imports_of(start, ".".join(package), *_stamp(start))
+        starts |= {start, *(_data_beside(start) if package else ())}
+    return _closure(waiting, starts)
 
 
 def code_digest(function: Callable) -> str:
@@ -53,13 +57,25 @@ def _closure(waiting: list[str], found: set[Path]) -> list[Path]:
             if path not in found:
                 found.add(path)
                 waiting += _imports_of(path, package, *_stamp(path))
-                found.update(p for p in path.parent.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc", ".md"))
+                found.update(_data_beside(path))
     return sorted(found)
 
 
+def _data_beside(path: Path) -> list[Path]:
+    """Files in the folder of a module that are no Python code, such as a style file."""
+    return [file for file in path.parent.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc", ".md")]
+
+
+def _functions(function: object) -> list[Callable]:
+    """The function itself; what a partial calls, and the functions that it hands over."""
+    if not isinstance(function, functools.partial):
+        return [function]
+    given = [item for item in (*function.args, *function.keywords.values()) if inspect.isroutine(item)]
+    given += [item for item in (*function.args, *function.keywords.values()) if isinstance(item, functools.partial)]
+    return [one for item in (function.func, *given) for one in _functions(item)]
+
+
 def _source_file(function: Callable) -> Path:
-    while isinstance(function, functools.partial):
-        function = function.func
     code = function if inspect.isroutine(function) or inspect.isclass(function) else type(function).__call__
     try:
         file = Path(inspect.getsourcefile(inspect.unwrap(code)) or "")
@@ -89,6 +105,8 @@ def _imports(source: str, package: str) -> list[str]:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join(parents + ([node.module] if node.module else []))
             names += [base] + [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names += [item.value for item in node.args[:1] if isinstance(getattr(item, "value", None), str)]
     return [name for name in names if name.split(".")[0] == PACKAGE.name]
 
 

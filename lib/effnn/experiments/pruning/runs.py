@@ -29,12 +29,6 @@ from effnn.experiments.shared.training import EVALUATION_BATCH, Rows, evaluate
 
 STAGES = ("search", "rearrange", "tune")
 BUILTIN = "docstrings"
-PARAMETERS = """
-    task train_rows dev_rows families seeds layers hidden heads ffn epochs max_length
-    budgets extra_budgets calibration_seeds calibration_rows trials retrain_budgets retrain_epochs
-    shown_budget latency_batch latency_length latency_targets rounds seed threads vision_epochs
-""".split()
-"""The notebook's parameters that its results depend on (a path is not among them: the data's fingerprint is)."""
 
 PRUNER_TRIALS = (
     {"fisher": "batch", "solver": "ridge"},
