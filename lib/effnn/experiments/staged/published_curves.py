@@ -177,7 +177,7 @@ def law_fit(warmup: float = WARMUP) -> staged.LawFit:
 def best_paths(
     targets: Sequence[str] = ("GPT2_base", "GPT2_large"), warmups: Sequence[float] = (WARMUP, 2000, 4000)
 ) -> pd.DataFrame:
-    """Return `best_schedules` under the fitted law: one row a target, path of `PATHS` and warm-up cut of the fit.
+    """Return `best_plans` under the fitted law: one row a target, path of `PATHS` and warm-up cut of the fit.
 
     The end is the loss that the law gives the target at the authors' S_opt; growth is allowed from step `WARMUP` on.
     warmups: the fit is repeated with evaluations after each of these; how far the savings move is how much the law
@@ -193,7 +193,7 @@ def best_paths(
         fit = law_fit(warmup)
         for target in targets:
             loss = fit.law.loss(parameters(target), stops[target])
-            for plan in staged.best_schedules(
+            for plan in staged.best_plans(
                 fit.law, *SHAPES[target], loss, earliest=WARMUP, tokens_per_step=TOKENS_PER_STEP
             ):
                 switches = ", ".join(f"{stage.layers} x {stage.width} to {stage.last:.0f}" for stage in plan.stages)

@@ -14,7 +14,7 @@ from effnn import staged
 from effnn.base import interleave, threads
 from effnn.experiments.staged.lines import Line, Setting, configuration, recipe_of
 from effnn.staged.training.batches import Batches
-from effnn.staged.training.processes import Ranks
+from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.step import Stepper
 
 Size = tuple[int, int]

@@ -90,7 +90,7 @@ def test_paths_under_the_fitted_law():
     saving = frame.set_index(["target", "warmup", "path"]).saving
     opt = schedule.published_projection(schedule.PAIRS[1])["opt"]
     loss = fits[4000].law.loss(schedule.parameters("GPT2_large"), opt)
-    (plan,) = staged.best_schedules(fits[4000].law, 24, 1536, loss, ["2W->2D"], earliest=3000)
+    (plan,) = staged.best_plans(fits[4000].law, 24, 1536, loss, ["2W->2D"], earliest=3000)
     assert saving["GPT2_large", 4000, "2W->2D"] == pytest.approx(100 * plan.saving)
     for (target, cut), rows in frame.groupby(["target", "warmup"]):
         assert rows.saving.is_monotonic_decreasing

@@ -9,7 +9,8 @@ from scipy.ndimage import uniform_filter1d
 
 from effnn.base import InvalidInput
 from effnn.report import published
-from effnn.staged.planning.curves import KAPLAN, Curve, LossLaw, fit_loss_law
+from effnn.staged.planning.curves import Curve
+from effnn.staged.planning.loss_law import KAPLAN, LossLaw, fit_loss_law
 from effnn.staged.planning.slope import (
     TAU_OPT,
     TAUS,
