@@ -1,4 +1,4 @@
-"""Staged training: grow a GPT-2 in width and depth, with its optimizer, such that the loss stays where it is.
+"""Staged training: grow a GPT-2 in width and depth, with its optimizer, without a change of its loss.
 
     from effnn import staged
     grown = staged.grow(model, optimizer, scheduler, width=2, depth=2)

@@ -1,15 +1,14 @@
-"""Notebook 03, the long part: training runs that can be compared fairly, each a line in the loss-compute plane.
+"""Notebook 03, the long part: training runs of several methods, made so that they can be compared fairly.
 
-A line is a way to spend compute: scratch, staged, the small model simply continued, growth with the moments reset, a
-competitor's growth. Each is trained at a constant rate up to four fifths of a budget and then decayed to zero over the
-last fifth; so a line's end points at several budgets are its loss-compute frontier, and no line profits from a rate
-that happens to be lower (warm-up, stable, decay). Every line has its rates chosen on the validation split; what is
-reported is the test split's.
+A method is one way to spend compute: training from scratch, staged training, the small model continued without growth,
+growth with reset moments, another paper's growth operator. Each is trained at a constant rate for four fifths of a
+budget, and the rate then decays to zero over the last fifth. So the end points of a method at several budgets are its
+loss-compute frontier, and no method profits from a rate that happens to be lower. The rates of every method are chosen
+on the validation split; results are those of the test split.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,28 +21,35 @@ from effnn import cache, staged
 from effnn.base import InvalidInput
 from effnn.data import corpus
 from effnn.experiments.shared import pool
-from effnn.experiments.staged import peers as staged_peers
-from effnn.experiments.staged import zero_shot as staged_zero_shot
-from effnn.staged.training import batches, step
+from effnn.experiments.staged import evaluation, other_operators
+from effnn.staged.training.batches import validation_windows
 
 DECAY_SHARE = 0.2
-"""Of a budget, spent while the rate falls linearly to zero."""
+"""The share of a budget that is spent while the rate falls linearly to zero."""
 
 _FOREVER = 10**9
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all lines of a comparison share.
+    """What all methods of a comparison have in common.
 
-    text, source, tokenizer: name and origin of the corpus, as in `effnn.data.corpus`; limit_tokens: of its train
-    split, 0 for all. batch: sequences of `context` tokens a step, micro_batch of them at once (0: all). head: size of
-    an attention head. warmup, rewarm: steps, at the start and after each growth. clip: 0 does not clip. evaluated:
-    sequences of the validation and of the test split on which an end point is measured, spread over the whole split.
-    evaluate_every: steps between the points on the way, which are evaluated on `on_the_way` sequences. zero_shot: other
-    texts that end points are measured on, (name, source) pairs (staged_zero_shot.py). device, precision: as in
-    `staged.train`. checkpoint_every: steps between checkpoints under data/cache, from which an interrupted run goes on;
-    0 keeps none (short runs are cached as wholes).
+    text, source, tokenizer: name and origin of the corpus, as in `effnn.data.corpus`.
+    limit_tokens: of the train split, 0 for all.
+    batch: sequences per step.
+    micro_batch: sequences per forward pass, 0 for all of a batch.
+    context: tokens per sequence.
+    head: size of an attention head.
+    warmup, rewarm: steps, at the start and after each growth.
+    weight_decay: of AdamW.
+    clip: largest gradient norm; 0 does not clip.
+    evaluated: sequences of the validation and of the test split on which an end point is evaluated.
+    evaluate_every: steps between the evaluations during training.
+    evaluated_in_training: sequences of the validation split for each of these.
+    zero_shot: (name, source) pairs of other texts on which end points are evaluated (evaluation.py).
+    device, precision: as in `staged.train`.
+    checkpoint_every: steps between checkpoints under data/cache, from which an interrupted run goes on; 0 keeps none
+    (short runs are cached as a whole).
     """
 
     text: str = "docstrings"
@@ -60,7 +66,7 @@ class Setting:
     clip: float = 1.0
     evaluated: int = 1536
     evaluate_every: int = 100
-    on_the_way: int = 512
+    evaluated_in_training: int = 512
     zero_shot: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
     precision: str = "float32"
@@ -72,10 +78,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One way to spend compute. sizes: (layers, width) of each stage; steps: of each stage but the last, which takes
-    what is left of the budget; rates: peak rate of each stage; growth: options of `staged.Stage` at every growth, or
-    {"peer": name} for a competitor's operator (`staged_peers.PEERS`)."""
+class Method:
+    """One way to spend compute. Raises InvalidInput unless there are as many rates as sizes and one step count fewer.
+
+    name: in all tables.
+    sizes: (layers, width) of each stage.
+    rates: peak rate of each stage.
+    steps: of each stage but the last, which takes the rest of the budget.
+    growth: options of `staged.Stage` at every growth, or ("operator", name) for one of `OTHER_OPERATORS`.
+    """
 
     name: str
     sizes: tuple[tuple[int, int], ...]
@@ -86,18 +97,18 @@ class Line:
     def __post_init__(self) -> None:
         if not len(self.sizes) == len(self.rates) == len(self.steps) + 1:
             raise InvalidInput(
-                f"line {self.name}: {len(self.sizes)} sizes need as many rates and one fewer steps, found "
+                f"method {self.name}: {len(self.sizes)} sizes need as many rates and one fewer steps, found "
                 f"{len(self.rates)} and {len(self.steps)}"
             )
 
 
 TUNED = ("scratch", "staged", "reset", "small")
-"""The lines whose rates are tuned."""
+"""The methods whose rates are tuned."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one line gave under one seed. ends: one row a budget; points: the losses on the way, at a constant rate."""
+class RunResults:
+    """End points and curves. ends: one row per method, seed and budget; points: the evaluations at a constant rate."""
 
     ends: pd.DataFrame
     points: pd.DataFrame
@@ -106,81 +117,81 @@ class Outcome:
 Sizes = Sequence[tuple[int, int]]
 
 
-def standard_lines(path: Sizes, steps: Sequence[int], rates: dict[str, Sequence[float]]) -> dict[str, Line]:
-    """Return the four lines of a comparison by name: scratch, staged, reset (moments anew) and small (continued).
+def standard_methods(path: Sizes, steps: Sequence[int], rates: dict[str, Sequence[float]]) -> dict[str, Method]:
+    """Return the methods of a comparison by name: scratch, staged, reset and small.
 
-    path: (layers, width) of every stage. steps: of every stage but the last. rates: peak rates; "staged" and "reset"
-    one a stage ("reset" may be left out, it is then staged's), "scratch" and "small" one each. small: the first stage's
-    model simply continued. With three stages and more there is a fifth line, "once": the staged run without its last
-    growth, a second model that one could simply have continued.
+    small is the model of the first stage continued without growth; reset grows with reset moments. With three stages or
+    more there is a fifth method, once: the staged run without its last growth.
+
+    path: (layers, width) of every stage. steps: of every stage but the last. rates: peak rates; of "staged" and "reset"
+    one per stage (without "reset", those of "staged"), of "scratch" and "small" one each.
     """
     path, steps, stages = tuple(path), tuple(steps), tuple(rates["staged"])
-    lines = {
-        "scratch": Line("scratch", path[-1:], tuple(rates["scratch"])),
-        "staged": Line("staged", path, stages, steps),
-        "reset": Line("reset", path, tuple(rates.get("reset", stages)), steps, (("moments", "reset"),)),
-        "small": Line("small", path[:1], tuple(rates["small"])),
+    methods = {
+        "scratch": Method("scratch", path[-1:], tuple(rates["scratch"])),
+        "staged": Method("staged", path, stages, steps),
+        "reset": Method("reset", path, tuple(rates.get("reset", stages)), steps, (("moments", "reset"),)),
+        "small": Method("small", path[:1], tuple(rates["small"])),
     }
-    return lines | ({"once": Line("once", path[:-1], stages[:-1], steps[:-1])} if len(path) > 2 else {})
+    return methods | ({"once": Method("once", path[:-1], stages[:-1], steps[:-1])} if len(path) > 2 else {})
 
 
-def candidate_lines(
+def candidate_methods(
     path: Sizes, steps: Sequence[int], rates: dict[str, Sequence[float]], candidates: Sequence[float]
-) -> list[Line]:
-    """Return lines "name@rate" for scratch, staged, reset and small: each tries the same rates in its last stage."""
+) -> list[Method]:
+    """Return methods "name@rate" for all of `TUNED`: each tries the same rates in its last stage."""
     tried = []
     for rate in candidates:
         last = [*rates["staged"][:-1], rate]
-        lines = standard_lines(path, steps, {"scratch": [rate], "small": [rate], "staged": last, "reset": last})
-        tried += [replace(lines[name], name=f"{name}@{rate:g}") for name in TUNED]
+        methods = standard_methods(path, steps, {"scratch": [rate], "small": [rate], "staged": last, "reset": last})
+        tried += [replace(methods[name], name=f"{name}@{rate:g}") for name in TUNED]
     return tried
 
 
 def tuned_rates(rates: dict[str, Sequence[float]], tuned: pd.DataFrame) -> dict[str, list[float]]:
-    """Return rates as for `standard_lines` with the best ones of `best_rates` in the last stages."""
-    best, before = tuned[tuned.best].set_index("what").rate, rates["staged"][:-1]
+    """Return rates as for `standard_methods` with the best ones of `best_rates` in the last stages."""
+    best, before = tuned[tuned.best].set_index("method").rate, rates["staged"][:-1]
     return {name: [best[name]] for name in ("scratch", "small")} | {
         name: [*before, best[name]] for name in ("staged", "reset")
     }
 
 
-def run_lines(
-    jobs: Sequence[tuple[Line, Sequence[float]]], seeds: Iterable[int], setting: Setting, label: str = "lines"
-) -> Outcome:
-    """Return all ends and points of these lines under these seeds, side by side in processes of their own.
+def run_methods(
+    jobs: Sequence[tuple[Method, Sequence[float]]], seeds: Iterable[int], setting: Setting, label: str = "methods"
+) -> RunResults:
+    """Return the results of these methods for these seeds; the runs are spread over processes and cached.
 
-    jobs: pairs of a line and its budgets in FLOPs (non-embedding). Each run is cached under data/cache. The costliest
-    start first. Raises InvalidInput for a budget that a line's first stages already exceed.
+    jobs: pairs of a method and its budgets in FLOPs (non-embedding). seeds: of weights and data order. label: of the
+    progress bar. Raises InvalidInput for a budget that a method's first stages already exceed.
     """
-    corpus_fingerprint = setting.load().fingerprint  # made once, before the processes want it all together
-    work = [
-        (line, tuple(sorted(budgets)), setting, seed, corpus_fingerprint) for line, budgets in jobs for seed in seeds
-    ]
-    order = sorted(range(len(work)), key=lambda index: -_cost(*work[index][:3]))
+    data = setting.load().fingerprint  # the corpus is made here, before all processes need it at once
+    runs = [(method, tuple(sorted(budgets)), setting, seed, data) for method, budgets in jobs for seed in seeds]
+    order = sorted(range(len(runs)), key=lambda index: -_cost(*runs[index][:3]))  # the costliest start first
     workers = None if setting.device == "cpu" else 1
-    found = pool.run_jobs(_remembered, [work[index] for index in order], label, workers)
-    outcomes = [outcome for _, outcome in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
-    return Outcome(*(pd.concat([getattr(o, part) for o in outcomes], ignore_index=True) for part in ("ends", "points")))
+    found = pool.run_jobs(_cached, [runs[index] for index in order], label, workers)
+    results = [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+    ends, points = ([getattr(result, part) for result in results] for part in ("ends", "points"))
+    return RunResults(pd.concat(ends, ignore_index=True), pd.concat(points, ignore_index=True))
 
 
-def _remembered(line: Line, budgets: tuple[float, ...], setting: Setting, seed: int, data: str) -> Outcome:
-    key = {"line": dataclasses.asdict(line), "budgets": budgets, "setting": dataclasses.asdict(setting)}
+def _cached(method: Method, budgets: tuple[float, ...], setting: Setting, seed: int, data: str) -> RunResults:
+    key = {"method": dataclasses.asdict(method), "budgets": budgets, "setting": dataclasses.asdict(setting)}
     key |= {"seed": seed, "data": data}
-    return cache.remember("staged_lines", key, lambda: run_line(line, budgets, setting, seed))
+    return cache.remember("staged_runs", key, lambda: run_method(method, budgets, setting, seed))
 
 
-def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) -> Outcome:
-    """Train one line to all budgets, in one process: one run at a constant rate, from which the decays branch off.
+def run_method(method: Method, budgets: Sequence[float], setting: Setting, seed: int) -> RunResults:
+    """Train one method to all budgets, in one process: one run at a constant rate, from which the decays branch off.
 
-    Raises InvalidInput, before any training where that can be known, for a corpus with fewer windows than are to be
-    evaluated, a budget that is spent before the last stage, and a decay that would begin before the re-warm after
-    growth is over (its rate would never have been the peak).
+    Raises InvalidInput for a corpus with fewer windows than are to be evaluated (before any training), a budget that is
+    spent before the last stage, and a decay that would begin before the end of the re-warm after growth (the rate would
+    never reach its peak).
     """
     text = setting.load()
     for split in ("validation", "test"):
         _windows(text, split, setting)
-    recipe = recipe_of(setting, line.rates[0], seed)
-    folders = _folders(line, setting, seed, text.fingerprint)
+    recipe = recipe_of(setting, method.rates[0], seed)
+    folders = _folders(method, setting, seed, text.fingerprint)
 
     def go_on(start: object, stage: staged.Stage, recipe: staged.Recipe = recipe) -> staged.TrainState:
         return staged.train(
@@ -188,38 +199,38 @@ def run_line(line: Line, budgets: Sequence[float], setting: Setting, seed: int) 
             folder=next(folders), device=setting.device, progress=bool(setting.checkpoint_every),
         )  # fmt: skip
 
-    now = _follow(line, setting, recipe, text.vocab_size, go_on)
+    now = _last_stage(method, setting, recipe, text.vocab_size, go_on)
     each = staged.training_flops(staged.Shape.of(now.model.config), setting.batch * setting.context, setting.context)
     rows = []
     for budget in sorted(budgets):
         plateau = round(((1 - DECAY_SHARE) * budget - now.flops) / each)
         if plateau < 0:
             raise InvalidInput(
-                f"line {line.name}: {now.flops:.3g} FLOPs are spent where the last stage begins, a budget of "
+                f"method {method.name}: {now.flops:.3g} FLOPs are spent before the last stage, so a budget of "
                 f"{budget:.3g} leaves nothing before its decay: grow earlier, or take a larger budget"
             )
         if plateau:
             now = go_on(now, staged.Stage(plateau))
         if now.rewarm and now.position < sum(now.rewarm):
             raise InvalidInput(
-                f"line {line.name}: the re-warm after growth ends at step {sum(now.rewarm)}, the decay of the budget "
-                f"{budget:.3g} begins at step {now.position}: take a larger budget, or grow earlier"
+                f"method {method.name}: the re-warm after growth ends at step {sum(now.rewarm)}, the decay of the "
+                f"budget {budget:.3g} begins at step {now.position}: take a larger budget, or grow earlier"
             )
         decay = max(round((budget - now.flops) / each), 1)
         falling = replace(recipe, schedule=staged.WarmupStableDecay(0, now.position + decay, decay))
         end = go_on(now, staged.Stage(decay), falling)
-        rows.append({"line": line.name, "seed": seed, "budget": budget} | _ends(end, setting, text))
+        rows.append({"method": method.name, "seed": seed, "budget": budget} | _ends(end, setting, text))
         rows[-1]["plateau_loss"] = now.points[-1].validation_loss
     points = pd.DataFrame([dataclasses.asdict(point) for point in now.points])
-    points.insert(0, "line", line.name)
+    points.insert(0, "method", method.name)
     points.insert(1, "seed", seed)
-    sizes = [line.sizes.index(size) for size in zip(points.layers, points.width, strict=True)]
-    points.insert(2, "phase", sizes)  # how often it has grown by then
-    return Outcome(pd.DataFrame(rows), points)
+    sizes = [method.sizes.index(size) for size in zip(points.layers, points.width, strict=True)]
+    points.insert(2, "phase", sizes)  # the number of growths before
+    return RunResults(pd.DataFrame(rows), points)
 
 
 def recipe_of(setting: Setting, rate: float, seed: int) -> staged.Recipe:
-    """Return how all lines are trained: at a constant rate after the warm-up."""
+    """Return the recipe of all methods: a constant rate after the warm-up."""
     return staged.Recipe(
         setting.batch,
         setting.context,
@@ -229,40 +240,42 @@ def recipe_of(setting: Setting, rate: float, seed: int) -> staged.Recipe:
         clip=setting.clip or None,
         seed=seed,
         evaluate_every=setting.evaluate_every,
-        evaluate_sequences=setting.on_the_way,
+        evaluate_sequences=setting.evaluated_in_training,
         micro_batch=setting.micro_batch or None,
         precision=setting.precision,
         checkpoint_every=setting.checkpoint_every or None,
     )
 
 
-def _folders(line: Line, setting: Setting, seed: int, data: str) -> Iterator[Path | None]:
-    """A folder for the checkpoints of each part of a run, in the order of training; None where none are kept."""
-    key = {"line": dataclasses.asdict(line), "setting": dataclasses.asdict(setting), "seed": seed, "data": data}
-    folder = cache.entry("staged_runs", key, run_line).with_suffix("")
+def _folders(method: Method, setting: Setting, seed: int, data: str) -> Iterator[Path | None]:
+    """A folder for the checkpoints of each part of a run, in the order of training; None if none are kept."""
+    key = {"method": dataclasses.asdict(method), "setting": dataclasses.asdict(setting), "seed": seed, "data": data}
+    folder = cache.entry("staged_checkpoints", key, run_method).with_suffix("")
     for part in itertools.count():
         yield folder / str(part) if setting.checkpoint_every else None
 
 
 def _windows(text: corpus.Corpus, split: str, setting: Setting) -> torch.Tensor:
-    return batches.validation_windows(getattr(text, split), setting.evaluated, setting.context, text.vocab_size)
+    return validation_windows(getattr(text, split), setting.evaluated, setting.context, text.vocab_size)
 
 
-def _follow(line: Line, setting: Setting, recipe: staged.Recipe, vocabulary: int, go_on: Callable) -> staged.TrainState:
+def _last_stage(
+    method: Method, setting: Setting, recipe: staged.Recipe, vocabulary: int, go_on: Callable
+) -> staged.TrainState:
     """The state at the beginning of the last stage: just grown, or new."""
-    sizes = [configuration(size, setting, vocabulary) for size in line.sizes]
+    sizes = [configuration(size, setting, vocabulary) for size in method.sizes]
     now: object = sizes[0]
-    if not line.steps:
+    if not method.steps:
         return go_on(now, staged.Stage(0))
-    options = dict(line.growth)
-    peer = options.pop("peer", None)
-    now = go_on(now, staged.Stage(line.steps[0]))
-    for old, new, rate, steps in zip(sizes, sizes[1:], line.rates[1:], (*line.steps[1:], 0), strict=False):
+    options = dict(method.growth)
+    operator = options.pop("operator", None)
+    now = go_on(now, staged.Stage(method.steps[0]))
+    for old, new, rate, steps in zip(sizes, sizes[1:], method.rates[1:], (*method.steps[1:], 0), strict=False):
         wider, deeper = staged.factors(old, new)
         stage = staged.Stage(steps, learning_rate=rate, rewarm=setting.rewarm)
-        if peer:
-            grown = staged_peers.grow_state(peer, now, wider, deeper, recipe)
-            before, grown.points = grown.points, []  # without points the loss right after growth is measured
+        if operator:
+            grown = other_operators.grow_state(operator, now, wider, deeper, recipe)
+            before, grown.points = grown.points, []  # without points, training begins with an evaluation
             now = go_on(grown, stage)
             now.points = before + now.points
         else:
@@ -271,7 +284,7 @@ def _follow(line: Line, setting: Setting, recipe: staged.Recipe, vocabulary: int
 
 
 def configuration(size: tuple[int, int], setting: Setting, vocabulary: int) -> GPT2Config:
-    """Return the GPT-2 of this size, (layers, width); InvalidInput for a width that heads do not divide."""
+    """Return the GPT-2 of a size (layers, width); InvalidInput for a width that is not a multiple of the head size."""
     layers, wide = size
     if wide % setting.head:
         raise InvalidInput(f"a width of {wide} does not divide into heads of {setting.head}")
@@ -281,38 +294,36 @@ def configuration(size: tuple[int, int], setting: Setting, vocabulary: int) -> G
     )  # fmt: skip
 
 
-@torch.no_grad()
 def _ends(end: staged.TrainState, setting: Setting, text: corpus.Corpus) -> dict[str, float]:
     row = {"steps": end.step, "tokens": end.tokens, "flops": end.flops, "flops_full": end.flops_full}
-    row["clock_seconds"] = end.seconds  # of this run on that day; not to be compared
+    row["clock_seconds"] = end.seconds  # while other runs were training: not comparable
     for split in ("validation", "test"):
         windows = _windows(text, split, setting)
-        parts = windows.split(setting.micro_batch or 64)
-        losses = [float(step.token_loss(end.model, part.to(end.model.device), "sum")) for part in parts]
-        row[f"{split}_loss"] = math.fsum(losses) / windows[:, 1:].numel()
-    return row | staged_zero_shot.evaluate(end.model, text.tokenizer, dict(setting.zero_shot), setting.context)
+        row[f"{split}_loss"] = evaluation.mean_loss(end.model, windows, setting.micro_batch or 64)
+    return row | evaluation.zero_shot(end.model, text.tokenizer, dict(setting.zero_shot), setting.context)
 
 
-def _cost(line: Line, budgets: Sequence[float], setting: Setting) -> float:
-    """A guess of the time: FLOPs, with what every step costs beside them."""
-    layers, wide = line.sizes[-1]
+def _cost(method: Method, budgets: Sequence[float], setting: Setting) -> float:
+    """An estimate of the time in seconds: FLOPs, and a constant per step and layer."""
+    layers, wide = method.sizes[-1]
     each = 6 * 12 * layers * wide**2 * setting.batch * setting.context
-    steps = ((1 - DECAY_SHARE) * max(budgets) + DECAY_SHARE * sum(budgets)) / each + sum(line.steps)
+    steps = ((1 - DECAY_SHARE) * max(budgets) + DECAY_SHARE * sum(budgets)) / each + sum(method.steps)
     return steps * (each / 5e10 + 2e-3 * layers)
 
 
 def best_rates(ends: pd.DataFrame) -> pd.DataFrame:
-    """Return, by line, what the candidates `line@rate` ended with on the validation split, best first.
+    """Return the validation losses of the candidate methods "name@rate", best first.
 
-    ends: of lines named "what@rate", all with the same budget. Columns: what, rate, validation_loss, best, edge:
-    whether the best is the smallest or largest rate tried, so that a better one may lie outside.
+    ends: of candidates that all have the same budget. Columns: method, rate, validation_loss, best (whether it is the
+    best rate of its method), edge (whether the best is also the smallest or largest rate tried, so that a better one
+    may lie outside).
     """
-    means = ends.groupby("line").validation_loss.mean()
+    means = ends.groupby("method").validation_loss.mean()
     table = pd.DataFrame(
         [(name.split("@")[0], float(name.split("@")[1]), loss) for name, loss in means.items()],
-        columns=["what", "rate", "validation_loss"],
+        columns=["method", "rate", "validation_loss"],
     )
-    table["best"] = table.validation_loss == table.groupby("what").validation_loss.transform("min")
-    rates = table.groupby("what").rate
+    table["best"] = table.validation_loss == table.groupby("method").validation_loss.transform("min")
+    rates = table.groupby("method").rate
     table["edge"] = table.best & ((table.rate == rates.transform("min")) | (table.rate == rates.transform("max")))
-    return table.sort_values(["what", "validation_loss"], ignore_index=True)
+    return table.sort_values(["method", "validation_loss"], ignore_index=True)
