@@ -27,7 +27,8 @@ def compute_to_loss(ends: pd.DataFrame, loss: float, axis: str = "flops") -> flo
     if ends.test_loss.iloc[0] <= loss or len(ends) == 1:
         return float(ends[axis].iloc[0])
     if axis == "seconds":
-        rising = isotonic_regression(ends.seconds).x
+        # its means of equal seconds are rounded, hence the clip
+        rising = isotonic_regression(ends.seconds).x.clip(ends.seconds.min(), ends.seconds.max())
         return float(np.interp(compute_to_loss(ends, loss), ends.flops, rising))
     return staged.Curve(ends[axis].tolist(), ends.test_loss.tolist()).x_at(loss)
 

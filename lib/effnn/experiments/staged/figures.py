@@ -50,7 +50,7 @@ def draw_grown_matrices(matrices: dict[str, np.ndarray]) -> Figure:
 def draw_loss_differences(frame: pd.DataFrame) -> Figure:
     """|loss after - before| of every operator and precision, one mark per seed; dotted: what the tests allow.
 
-    A difference of exactly zero stands in the column "0".
+    A difference of exactly zero is in the column "0".
     """
     names = list(dict.fromkeys(frame.operator))
     fig, ax = new_figure(width=8.6, height=1.6 + 0.32 * len(names))

@@ -132,8 +132,8 @@ def draw_growth_points(table: pd.DataFrame, published: float, label: str) -> Fig
     """Saving against the growth point, one panel per horizon: when growing pays, and when not.
 
     Large marks are means over seeds: filled where growing also beats continuing the small model of the path, hollow
-    where it does not. Small marks are seeds. A path that misses the loss for some seed has no mean: a cross at the lower
-    edge. Horizons at which fewer than half of the savings are known are left out.
+    where it does not. Small marks are seeds. A path that misses the loss for some seed has no mean: a cross at the
+    lower edge. Horizons at which fewer than half of the savings are known are left out.
 
     table: of `comparisons.by_growth_point`. published, label: the published saving.
     """

@@ -3,8 +3,8 @@
 Moments of what grew in width (k: the factor; see the table in width.py):
   consistent   those of the grown model's own gradients: m / k and v / k^2, in all k x k blocks of a matrix;
   authors      m / k and v / k^2 on the block diagonal, zero outside it (the released code);
-  reset        none: the optimizer starts anew.
-In all of them the final normalisation keeps m and v as they are, as its gradient is not divided.
+  reset        none, as in a new optimizer.
+The final normalisation keeps its m and v, as its gradient is not divided.
 
 Adam divides a gradient by its own size, so it does not see the 1 / k: all k blocks in a column move by a full learning
 rate, and the function changes k times as fast. adam_width_rule="1/k" corrects that: learning rate / k and weight decay

@@ -1,4 +1,4 @@
-"""The training experiments of notebook 03: compute is counted whole, savings are read right, other operators as described."""
+"""The training experiments of notebook 03: compute counted whole, savings, other operators as described."""
 
 import dataclasses
 import math

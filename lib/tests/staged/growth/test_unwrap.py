@@ -1,4 +1,4 @@
-"""Models, optimizers and schedulers in the wrappers that people hold: looked into, or refused with a way out."""
+"""Models, optimizers and schedulers in wrappers: opened, or refused with a way out."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Curves, the loss law, and the slope detectors of staged training."""
+"""Curves, the loss law, and the slope and its crossings."""
 
 import math
 

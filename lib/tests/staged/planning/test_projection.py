@@ -1,4 +1,4 @@
-"""Growth points, projected savings on the authors' curves, and the cheapest schedule of each growth path.
+"""Growth points, projected savings on the authors' curves, and the cheapest plan of each growth path.
 
 The authors' curves in data/published are thinned to 50 to 70 evaluations. Their own rule finds its points by the noise
 between evaluations 50 steps apart, which is gone from these; what can still be had from them is held here.
@@ -119,21 +119,21 @@ def test_two_stages_agree_with_the_closed_forms(path, ratio):
     assert slope == pytest.approx(growth_tau(ratio), rel=1e-6)
 
 
-def test_a_schedule_adds_up():
+def test_a_plan_adds_up():
     n, tokens = 12 * 24 * 1536**2, 1000
     loss = KAPLAN.loss(n, 30_000)
     found = best_plans(KAPLAN, 24, 1536, loss, tokens_per_step=tokens)
-    assert {schedule.path for schedule in found} == set(PATHS)
-    assert [schedule.flops for schedule in found] == sorted(schedule.flops for schedule in found)
-    for schedule in found:
-        assert schedule.scratch_flops == pytest.approx(6 * n * tokens * 30_000)
-        assert schedule.saving == pytest.approx(1 - schedule.flops / schedule.scratch_flops)
-        assert (schedule.stages[-1].layers, schedule.stages[-1].width, schedule.stages[0].first) == (24, 1536, 0)
-        assert schedule.stages[-1].loss == loss
-        for before, after in zip(schedule.stages, schedule.stages[1:], strict=False):
+    assert {plan.path for plan in found} == set(PATHS)
+    assert [plan.flops for plan in found] == sorted(plan.flops for plan in found)
+    for plan in found:
+        assert plan.scratch_flops == pytest.approx(6 * n * tokens * 30_000)
+        assert plan.saving == pytest.approx(1 - plan.flops / plan.scratch_flops)
+        assert (plan.stages[-1].layers, plan.stages[-1].width, plan.stages[0].first) == (24, 1536, 0)
+        assert plan.stages[-1].loss == loss
+        for before, after in zip(plan.stages, plan.stages[1:], strict=False):
             assert KAPLAN.loss(12 * after.layers * after.width**2, after.first) == pytest.approx(before.loss)
             assert before.steps > 0
-    by_path = {schedule.path: schedule.saving for schedule in found}
+    by_path = {plan.path: plan.saving for plan in found}
     assert by_path["2W->2W"] > by_path["2W"] > by_path["2D"] > 0  # a further stage cannot cost
     assert by_path["2D->2D"] > by_path["4D"]
 
@@ -152,7 +152,7 @@ def test_three_stages_against_every_pair_of_switches():
     assert found.flops <= cheapest * (1 + 1e-9) and found.flops == pytest.approx(cheapest, rel=1e-3)
 
 
-def test_where_growing_does_not_pay_the_schedule_says_so():
+def test_where_growing_does_not_pay_the_plan_says_so():
     loss = KAPLAN.loss(12 * 24 * 1536**2, 9145)
     (found,) = best_plans(KAPLAN, 24, 1536, loss, ["2D"])
     assert found.stages[-1].steps == pytest.approx(0, abs=1e-3)
@@ -170,7 +170,7 @@ def test_no_growth_before_the_warm_up_is_over():
 
 def test_paths_that_do_not_divide_are_left_out_unless_asked_for():
     loss = KAPLAN.loss(12 * 6 * 64**2, 50_000)
-    assert {schedule.path for schedule in best_plans(KAPLAN, 6, 64, loss)} == set(PATHS) - {"4D", "2D->2D"}
+    assert {plan.path for plan in best_plans(KAPLAN, 6, 64, loss)} == set(PATHS) - {"4D", "2D->2D"}
     with pytest.raises(InvalidInput, match="6 layers of width 64 cannot be divided as 4D says"):
         best_plans(KAPLAN, 6, 64, loss, ["4D"])
 
