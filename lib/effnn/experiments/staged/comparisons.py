@@ -10,7 +10,8 @@ import pandas as pd
 from effnn import staged
 from effnn.experiments.staged.compute_saved import compute_to_loss, jumps, savings
 from effnn.experiments.staged.other_operators import OTHER_OPERATORS
-from effnn.experiments.staged.runs import Method, RunResults, Setting, best_rates, run_methods
+from effnn.experiments.staged.runs import Method, RunResults, Setting, run_methods
+from effnn.experiments.staged.tuning import best_rates
 
 
 def by_growth_point(

@@ -102,10 +102,6 @@ class Method:
             )
 
 
-TUNED = ("scratch", "staged", "reset", "small")
-"""The methods whose rates are tuned."""
-
-
 @dataclass(frozen=True)
 class RunResults:
     """End points and curves. ends: one row per method, seed and budget; points: the evaluations at a constant rate."""
@@ -134,26 +130,6 @@ def standard_methods(path: Sizes, steps: Sequence[int], rates: dict[str, Sequenc
         "small": Method("small", path[:1], tuple(rates["small"])),
     }
     return methods | ({"once": Method("once", path[:-1], stages[:-1], steps[:-1])} if len(path) > 2 else {})
-
-
-def candidate_methods(
-    path: Sizes, steps: Sequence[int], rates: dict[str, Sequence[float]], candidates: Sequence[float]
-) -> list[Method]:
-    """Return methods "name@rate" for all of `TUNED`: each tries the same rates in its last stage."""
-    tried = []
-    for rate in candidates:
-        last = [*rates["staged"][:-1], rate]
-        methods = standard_methods(path, steps, {"scratch": [rate], "small": [rate], "staged": last, "reset": last})
-        tried += [replace(methods[name], name=f"{name}@{rate:g}") for name in TUNED]
-    return tried
-
-
-def tuned_rates(rates: dict[str, Sequence[float]], tuned: pd.DataFrame) -> dict[str, list[float]]:
-    """Return rates as for `standard_methods` with the best ones of `best_rates` in the last stages."""
-    best, before = tuned[tuned.best].set_index("method").rate, rates["staged"][:-1]
-    return {name: [best[name]] for name in ("scratch", "small")} | {
-        name: [*before, best[name]] for name in ("staged", "reset")
-    }
 
 
 def run_methods(
@@ -309,21 +285,3 @@ def _cost(method: Method, budgets: Sequence[float], setting: Setting) -> float:
     each = 6 * 12 * layers * wide**2 * setting.batch * setting.context
     steps = ((1 - DECAY_SHARE) * max(budgets) + DECAY_SHARE * sum(budgets)) / each + sum(method.steps)
     return steps * (each / 5e10 + 2e-3 * layers)
-
-
-def best_rates(ends: pd.DataFrame) -> pd.DataFrame:
-    """Return the validation losses of the candidate methods "name@rate", best first.
-
-    ends: of candidates that all have the same budget. Columns: method, rate, validation_loss, best (whether it is the
-    best rate of its method), edge (whether the best is also the smallest or largest rate tried, so that a better one
-    may lie outside).
-    """
-    means = ends.groupby("method").validation_loss.mean()
-    table = pd.DataFrame(
-        [(name.split("@")[0], float(name.split("@")[1]), loss) for name, loss in means.items()],
-        columns=["method", "rate", "validation_loss"],
-    )
-    table["best"] = table.validation_loss == table.groupby("method").validation_loss.transform("min")
-    rates = table.groupby("method").rate
-    table["edge"] = table.best & ((table.rate == rates.transform("min")) | (table.rate == rates.transform("max")))
-    return table.sort_values(["method", "validation_loss"], ignore_index=True)

@@ -16,7 +16,7 @@ from effnn import report, staged
 from effnn.base import InvalidInput, imports
 from effnn.data import corpus
 from effnn.data.corpus import coders as tokens
-from effnn.experiments.staged import comparisons, compute_saved, evaluation, other_operators, run_figures, runs
+from effnn.experiments.staged import comparisons, compute_saved, evaluation, other_operators, run_figures, runs, tuning
 from effnn.experiments.staged.runs import Method, Setting
 from effnn.runner.profiles import load_profile
 from effnn.staged.training.step import Stepper
@@ -93,7 +93,7 @@ def test_the_other_methods_of_a_comparison():
 
 
 def test_every_kind_tries_the_same_rates_and_the_best_on_validation_is_taken():
-    tried = runs.candidate_methods(PATH, [10], RATES, [1e-3, 2e-3, 4e-3])
+    tried = tuning.candidate_methods(PATH, [10], RATES, [1e-3, 2e-3, 4e-3])
     assert sorted(method.name for method in tried) == sorted(
         f"{kind}@{rate}" for kind in ("scratch", "small", "staged", "reset") for rate in ("0.001", "0.002", "0.004")
     )
@@ -103,8 +103,8 @@ def test_every_kind_tries_the_same_rates_and_the_best_on_validation_is_taken():
     ends["validation_loss"] = [1.0 if method.rates[-1] == 2e-3 else 2.0 for method in tried]
     ends.loc[ends.method == "reset@0.004", "validation_loss"] = 0.5
     ends["test_loss"] = 3 - ends.validation_loss  # must not be looked at
-    best = runs.best_rates(ends)
-    rates = runs.tuned_rates(RATES, best)
+    best = tuning.best_rates(ends)
+    rates = tuning.tuned_rates(RATES, best)
     assert rates == {"scratch": [2e-3], "small": [2e-3], "staged": [5e-3, 2e-3], "reset": [5e-3, 4e-3]}
     assert best[best.edge].method.tolist() == ["reset"]
 
@@ -178,12 +178,12 @@ def test_the_laptop_takes_the_rates_that_the_study_chose():
         )
         for name in ("laptop", "study")
     )
-    tuning = report.load("study", "03_staged_training").table("tuning").rename(columns={"what": "method"})
-    best = tuning[tuning.best].set_index("method").rate
+    tried = report.load("study", "03_staged_training").table("tuning").rename(columns={"what": "method"})
+    best = tried[tried.best].set_index("method").rate
     assert [values[name] for name in ("scratch_rate", "small_rate")] == [best["scratch"], best["small"]]
     assert values["staged_rates"] == [study["staged_rates"][0], best["staged"]]
     assert best["reset"] == best["staged"]  # the laptop has one entry for both
-    assert not tuning[tuning.method.isin(["scratch", "staged"])].edge.any()
+    assert not tried[tried.method.isin(["scratch", "staged"])].edge.any()
 
 
 def frontier(name: str, seed: int, points: list[tuple[float, float]]) -> pd.DataFrame:
