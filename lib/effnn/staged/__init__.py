@@ -1,4 +1,4 @@
-"""Staged training: grow a GPT-2 in width and depth, with its optimizer, such that the loss stays where it is.
+"""Staged training: grow a GPT-2 in width and depth, with its optimizer, without a change of its loss.
 
     from effnn import staged
     grown = staged.grow(model, optimizer, scheduler, width=2, depth=2)
@@ -11,15 +11,15 @@
 Shen et al., "Staged Training for Transformer Language Models", 2022, arXiv 2203.06211.
 """
 
+from effnn.staged.growth.config import GrowthRecord, factors, history, total_width
 from effnn.staged.growth.depth import INITS, ORDERS
 from effnn.staged.growth.grow import Grown, evaluate_loss, grow
 from effnn.staged.growth.optimizer import MOMENTS, WIDTH_RULES
-from effnn.staged.growth.record import GrowthRecord, history, total_width
-from effnn.staged.growth.sizes import factors
-from effnn.staged.planning.curves import KAPLAN, Curve, LawFit, LossLaw, fit_loss_law
+from effnn.staged.planning.curves import Curve
 from effnn.staged.planning.flops import CONVENTIONS, Shape, compute_saving, staged_flops, training_flops
-from effnn.staged.planning.growth_paths import PATHS, PlannedStage, Schedule, best_schedules
+from effnn.staged.planning.growth_plans import PATHS, GrowthPlan, PlannedStage, best_plans
 from effnn.staged.planning.learning_rate import REWARM_STEPS, Rewarmed, WarmupStableDecay, peak_learning_rate
+from effnn.staged.planning.loss_law import KAPLAN, LawFit, LossLaw, fit_loss_law
 from effnn.staged.planning.projection import (
     RHOS,
     BestProjection,
@@ -69,8 +69,8 @@ __all__ = [
     "peak_learning_rate",
     "PATHS",
     "PlannedStage",
-    "Schedule",
-    "best_schedules",
+    "GrowthPlan",
+    "best_plans",
     "RHOS",
     "BestProjection",
     "Projection",

@@ -1,7 +1,7 @@
-"""What the tests of the staged trainer run in processes of their own: a run that is killed, and two ranks.
+"""Runs of the staged trainer in processes of their own: one that is killed, and one of two ranks.
 
-python staged_train_worker.py kill <folder> <what> <when>    a run that kills itself: at a step, or while saving
-python -m torch.distributed.run ... staged_train_worker.py ranks <folder>
+python staged_train.py kill <folder> <what> <when>    kills itself: in a step, or while it writes a checkpoint
+python -m torch.distributed.run ... staged_train.py ranks <folder>
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def no_space(*arguments) -> None:
 
 
 def ranks(folder: str) -> None:
-    """Everything that two ranks are asked to do, each writing what it saw to <folder>/<rank>.json."""
+    """All runs of two ranks; each rank writes its findings to <folder>/<rank>.json."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, found, here = dist.get_rank(), {}, Path(folder)
     how = recipe(batch_size=8, micro_batch=2)

@@ -1,6 +1,6 @@
-"""Benchmark of growth; what the key means stands in data/bench.csv.
+"""The benchmark of growth; data/bench.csv describes its key.
 
-The time of growing depends on shapes, not on what the weights and moments are: both are random.
+The time of growing depends on shapes, not on values, so weights and moments are random.
 """
 
 import torch
@@ -17,10 +17,10 @@ ROUNDS = 5
 
 
 def grow_over_copy() -> Measured:
-    """Growing GPT-2 small and its Adam state to twice the width over copying the result; and its peak memory.
+    """The time of growing GPT-2 small and its Adam state to twice the width over that of copying the result.
 
-    Both write into fresh memory and free it again. The released code's moments, which leave three quarters of a
-    matrix at zero, are timed beside.
+    Both write into fresh memory and free it again. Also measured: the peak memory of growing, and the time with the
+    released code's moments, which leave three quarters of a matrix at zero.
     """
     model, optimizer = _gpt2_small()
 
@@ -49,7 +49,7 @@ BENCHMARKS = {"staged.grow_over_copy": grow_over_copy}
 
 
 def _peak_memory(grow, old: list[Tensor]) -> dict[str, float]:
-    """Bytes: peak with the old state counted in, beside the bound of old and new state and a tenth."""
+    """Peak bytes, the old state included, and their bound: old and new state and a tenth more."""
     with PeakMemory() as memory:
         grown = grow()
     old_bytes, new_bytes = _bytes(old), _bytes(_tensors(grown.model, grown.optimizer))
@@ -61,7 +61,7 @@ def _peak_memory(grow, old: list[Tensor]) -> dict[str, float]:
 
 
 def _gpt2_small() -> tuple[GPT2LMHeadModel, AdamW]:
-    """12 layers of width 768, and an AdamW that has moments for all of it."""
+    """12 layers of width 768, and an AdamW with moments for all parameters."""
     seed_everything(0)
     model = GPT2LMHeadModel(GPT2Config(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
     optimizer = AdamW(model.parameters(), lr=1e-4)
@@ -73,7 +73,7 @@ def _gpt2_small() -> tuple[GPT2LMHeadModel, AdamW]:
 
 
 def _tensors(model: GPT2LMHeadModel, optimizer: AdamW) -> list[Tensor]:
-    """Weights and state of a training state; a tied head counts once."""
+    """Weights and optimizer state; a tied head counts once."""
     moments = [value for state in optimizer.state.values() for value in state.values()]
     return [parameter.detach() for parameter in model.parameters()] + moments
 

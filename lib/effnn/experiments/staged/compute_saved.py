@@ -1,4 +1,4 @@
-"""Notebook 03: what the lines of staged_lines.py save against each other, to equal loss, and how fast they learn."""
+"""Notebook 03: the compute that the methods of runs.py save at equal loss, and how fast they learn."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,15 @@ from effnn import staged
 from effnn.base import LEAST, InvalidInput
 
 AXES = {"flops": "FLOPs without embeddings", "flops_full": "FLOPs in full", "seconds": "seconds"}
-"""What can be spent: both conventions of FLOPs are counted, the seconds (staged_times.py) are of this machine."""
+"""Three measures of compute: FLOPs in both conventions are counted, seconds are measured here (step_times.py)."""
 
 
 def compute_to_loss(ends: pd.DataFrame, loss: float, axis: str = "flops") -> float:
-    """Return what a line spends until its end point has `loss` on the test split: interpolated between budgets.
+    """Return what a method spends to have `loss` on the test split, interpolated between its end points.
 
-    ends: of one line and seed. A line that is already better at its smallest budget is charged that budget, which can
-    only be too much; one that never gets there gives infinity. Seconds are measured, and a longer run may have taken
-    less time by the clock: they are fitted, not taken as ordered. Where the loss is reached is found in FLOPs, and the
-    seconds there are read off the rising step function that is nearest to all end points (isotonic regression).
+    A method that is already better at its smallest budget is charged that budget, which is an upper bound; one that
+    never has the loss gives infinity. Measured seconds need not increase with the budget, so the point of equal loss is
+    found in FLOPs, and its seconds by isotonic regression over all end points. ends: of one method and seed.
     """
     ends = ends.sort_values("budget")
     if ends.test_loss.min() > loss:
@@ -28,109 +27,118 @@ def compute_to_loss(ends: pd.DataFrame, loss: float, axis: str = "flops") -> flo
     if ends.test_loss.iloc[0] <= loss or len(ends) == 1:
         return float(ends[axis].iloc[0])
     if axis == "seconds":
-        rising = isotonic_regression(ends.seconds).x
+        # its means of equal seconds are rounded, hence the clip
+        rising = isotonic_regression(ends.seconds).x.clip(ends.seconds.min(), ends.seconds.max())
         return float(np.interp(compute_to_loss(ends, loss), ends.flops, rising))
     return staged.Curve(ends[axis].tolist(), ends.test_loss.tolist()).x_at(loss)
 
 
 def savings(ends: pd.DataFrame, reference: str = "scratch", horizon: float | None = None) -> pd.DataFrame:
-    """Return what every other line saves against `reference`, to the loss that it has at its largest budget.
+    """Return what every other method saves against `reference` at equal test loss.
 
-    horizon: a smaller budget of the reference, whose loss is then compared.
-    One row a line, seed and axis (of `AXES`, those that `ends` has): line, seed, axis, loss (nats a token, of the test
-    split), spent, at_most
-    (whether less would have done: the line is already better at its smallest budget), reference (what the reference
-    spent), saving (percent; minus infinity where the loss is never reached).
+    horizon: the budget of the reference whose loss is compared; None takes the largest.
+
+    One row per method, seed and those of `AXES` that `ends` has. Columns: method, seed, axis, loss (nats per token),
+    spent, at_most (whether `spent` is an upper bound: the method is better at its smallest budget already), reference
+    (what the reference spent), saving (percent; minus infinity if the loss is never reached).
     """
     rows = []
     for seed, of_seed in ends.groupby("seed"):
-        scratch = of_seed[of_seed.line == reference].sort_values("budget")
+        scratch = of_seed[of_seed.method == reference].sort_values("budget")
         scratch = (scratch if horizon is None else scratch[scratch.budget == horizon]).iloc[-1]
-        for name, line in of_seed[of_seed.line != reference].groupby("line", sort=False):
+        for name, method in of_seed[of_seed.method != reference].groupby("method", sort=False):
             for axis in (name for name in AXES if name in ends):
-                spent = compute_to_loss(line, scratch.test_loss, axis)
-                row = {"line": name, "seed": seed, "axis": axis, "loss": scratch.test_loss, "spent": spent}
-                row["at_most"] = bool(line.sort_values("budget").test_loss.iloc[0] < scratch.test_loss)
+                spent = compute_to_loss(method, scratch.test_loss, axis)
+                row = {"method": name, "seed": seed, "axis": axis, "loss": scratch.test_loss, "spent": spent}
+                row["at_most"] = bool(method.sort_values("budget").test_loss.iloc[0] < scratch.test_loss)
                 rows.append(row | {"reference": scratch[axis], "saving": 100 * (1 - spent / max(scratch[axis], LEAST))})
     return pd.DataFrame(rows)
 
 
-def claimed_savings(ends: pd.DataFrame, line: str = "staged", horizon: float | None = None) -> tuple[list[float], str]:
-    """Return what the claim asks for, one number a seed, and a note: FLOPs saved in percent.
+def claimed_savings(
+    ends: pd.DataFrame, method: str = "staged", horizon: float | None = None
+) -> tuple[list[float], str]:
+    """Return the numbers of the claim, FLOPs saved in percent for each seed, and a note.
 
-    The claim wants a setting where growing also beats the small model simply continued (and, with three stages, what
-    the first growth gave). Where it does, a seed counts what it saves against scratch. Where it does not, it counts
-    what it saves against that model, which is 0 or less. A line that never reaches the loss is taken at its largest
-    budget, as if it had reached it there.
+    The claim is about a setting where growing also beats continuing a smaller model (`pays`). For a seed where it does,
+    the number is the saving against scratch; where it does not, the saving against that model, which is 0 or less. A
+    method that never has the loss is charged its largest budget, as if it had the loss there.
     """
-    table, against = savings(ends, horizon=horizon), pays(ends, line, horizon=horizon)
-    found = table[(table.line == line) & (table.axis == "flops")].set_index("seed").sort_index()
+    table, against = savings(ends, horizon=horizon), pays(ends, method, horizon=horizon)
+    found = table[(table.method == method) & (table.axis == "flops")].set_index("seed").sort_index()
     against = against[against.axis == "flops"].set_index("seed").sort_index()
-    spent = found.spent.where(np.isfinite(found.spent), _largest(ends, line))
+    spent = found.spent.where(np.isfinite(found.spent), _largest(ends, method))
     saved = 100 * (1 - spent / found.reference)
     over_small = (100 * (1 - spent / against.other_spent)).clip(upper=0.0)
     samples = saved.where(against.pays, np.minimum(saved, over_small))
     missed, won = int((~np.isfinite(found.spent)).sum()), int(against.pays.sum())
     never = int(np.isinf(against.other_spent).sum())
-    others = table[(table.line == line) & (table.axis != "flops")].groupby("axis").saving.mean()
+    others = table[(table.method == method) & (table.axis != "flops")].groupby("axis").saving.mean()
     note = f"in full FLOPs {others['flops_full']:.1f}"
     note += f", in seconds of steps timed in turn {others['seconds']:.1f}" if "seconds" in others else ""
-    note += f"; the small model simply continued spends more in {won} of {len(against)} seeds"
+    note += f"; the small model continued spends more in {won} of {len(against)} seeds"
     note += f" (and never gets there in {never})" if never else ""
     note += f"; the loss is not reached in {missed}" if missed else ""
     return samples.tolist(), note
 
 
-def _largest(ends: pd.DataFrame, line: str) -> pd.Series:
+def _largest(ends: pd.DataFrame, method: str) -> pd.Series:
     """FLOPs of the largest budget, by seed."""
-    return ends[ends.line == line].groupby("seed").flops.max()
+    return ends[ends.method == method].groupby("seed").flops.max()
 
 
 def jumps(points: pd.DataFrame) -> pd.DataFrame:
-    """Return, by line and seed, the validation loss just before and just after the last growth, and the difference."""
+    """Return the validation loss just before and after the last growth, and its jump, by method and seed."""
     rows = []
-    for (name, seed), own in points.groupby(["line", "seed"], sort=False):
+    for (name, seed), own in points.groupby(["method", "seed"], sort=False):
         if last := own.phase.max():
             before = own[own.phase == last - 1].validation_loss.iloc[-1]
             after = own[own.phase == last].validation_loss.iloc[0]
             rows.append((name, seed, before, after, after - before))
-    return pd.DataFrame(rows, columns=["line", "seed", "before", "after", "jump"])
+    return pd.DataFrame(rows, columns=["method", "seed", "before", "after", "jump"])
 
 
 def pays(
     ends: pd.DataFrame,
-    line: str = "staged",
+    method: str = "staged",
     others: Sequence[str] = ("small", "once"),
     horizon: float | None = None,
 ) -> pd.DataFrame:
-    """Return whether growing beats simply continuing a smaller model, by seed and axis.
+    """Return whether growing beats continuing a smaller model, by seed and axis.
 
-    others: those smaller models, as far as there are such lines. Columns: spent; other_spent (of the cheapest of them;
-    infinite where none gets there); known (False where one was already better at its smallest budget, so that what it
-    needs is only known to be less); pays (spent less, and known).
+    others: the smaller models; those without results are left out. Columns: spent; other_spent (of the cheapest of
+    them; infinite if none has the loss); known (False if one was better at its smallest budget already, so that only an
+    upper bound of what it needs is known); pays (spent less, and known).
     """
     table = savings(ends, horizon=horizon).set_index(["seed", "axis"])
-    found = table[table.line == line][["spent"]].copy()
-    other = table[table.line.isin(others)].groupby(level=["seed", "axis"])
+    found = table[table.method == method][["spent"]].copy()
+    other = table[table.method.isin(others)].groupby(level=["seed", "axis"])
     found["other_spent"], found["known"] = other.spent.min(), ~other.at_most.any()
     found["pays"] = (found.spent < found.other_spent) & found.known
     return found.reset_index()
 
 
-def slope_ratios(points: pd.DataFrame, steps: int, line: str = "staged", scratch: str = "scratch") -> pd.DataFrame:
-    """Return, by seed, the grown model's fall of the loss over that of the same size from scratch, at equal loss.
+def slope_ratios(points: pd.DataFrame, steps: int, method: str = "staged", scratch: str = "scratch") -> pd.DataFrame:
+    """Return how fast the grown model learns relative to the same size from scratch, at equal loss, by seed.
 
-    points: at a constant rate. ratio counts from the growth point, bump and re-warm included: the steps that the model
-    from scratch takes from the small model's last loss (`upper`) to a lower one (`lower`), over those that the grown
-    model takes; 1 is the same dynamics, more is faster. after_recovery leaves the bump out: from where the grown model
-    is back at `upper` (`recovery` steps after growth, at the earliest its first evaluation), lines are fitted through
-    all evaluations of both between the same two losses, since single ones are noisy, and their slopes divided
-    (grown_slope over scratch_slope, nats a token and step). lower is what the grown model has `steps` steps after its
-    recovery, or as far as both reach. Raises InvalidInput where a window holds fewer than two evaluations.
+    points: at a constant rate.
+    steps: of the grown model after its recovery, over which the two are compared.
+    method, scratch: names of the grown model and of the one from scratch.
+
+    Columns:
+    upper: the small model's last loss. lower: the grown model's loss `steps` steps after its recovery, or the lowest
+    loss that both have.
+    recovery: steps after growth until the grown model is back at `upper`, at the earliest its first evaluation.
+    grown_slope, scratch_slope: of straight lines through all evaluations from the recovery to `lower`, nats per token
+    and step. after_recovery: their ratio, which leaves the bump after growth out.
+    ratio: steps of the model from scratch from `upper` to `lower`, over those of the grown model from its growth, bump
+    and re-warm included; 1 is the same dynamics, more is faster.
+
+    Raises InvalidInput if there are fewer than two evaluations between the two losses.
     """
     rows = []
     for seed, of_seed in points.groupby("seed"):
-        own, other = (of_seed[of_seed.line == name].sort_values("step", kind="stable") for name in (line, scratch))
+        own, other = (of_seed[of_seed.method == name].sort_values("step", kind="stable") for name in (method, scratch))
         last = own.phase.max()
         born = own.step[own.phase == last].min()
         upper = own[own.phase < last].validation_loss.iloc[-1]

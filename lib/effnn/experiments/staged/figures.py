@@ -1,4 +1,4 @@
-"""The figures of notebook 03, from the DataFrames of its experiments. Drawing only, one function a figure."""
+"""The figures of notebook 03, from the DataFrames of its experiments. Drawing only, one function per figure."""
 
 import numpy as np
 import pandas as pd
@@ -7,18 +7,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from effnn import staged
-from effnn.experiments.staged import published_curves as staged_schedule
+from effnn.experiments.staged import published_curves
 from effnn.report import LINE_STYLES, PALETTE, draw_published, legend_outside, new_figure
 from effnn.staged.planning.slope import without_spikes
 
 _DTYPES = {"float64": (PALETTE[2], "^"), "float32": (PALETTE[0], "o"), "bfloat16": (PALETTE[4], "P")}
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-3}
-"""Largest loss difference, in nats a token, that is taken for rounding; in bfloat16 that with noise."""
+"""Largest loss difference, in nats per token, that counts as rounding; in bfloat16 with noise."""
 _PAIR_TITLES = {"depth": "depth x2", "width": "width x2", "base": "GPT2-base", "large": "GPT2-large"}
 
 
 def draw_grown_matrices(matrices: dict[str, np.ndarray]) -> Figure:
-    """What growing does to one matrix: `staged_operators.grown_matrices`, all on one scale."""
+    """One matrix before and after growing (`operators.grown_matrices`), all on one scale."""
     titles = {
         "small": "small model",
         "width x2": "width x2:\ntwo copies, no cross-talk",
@@ -48,9 +48,9 @@ def draw_grown_matrices(matrices: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_loss_differences(frame: pd.DataFrame) -> Figure:
-    """|loss after - before| of every operator and precision, one mark a seed; dotted: what the tests allow.
+    """|loss after - before| of every operator and precision, one mark per seed; dotted: what the tests allow.
 
-    A difference of exactly zero stands in the column "0".
+    A difference of exactly zero is in the column "0".
     """
     names = list(dict.fromkeys(frame.operator))
     fig, ax = new_figure(width=8.6, height=1.6 + 0.32 * len(names))
@@ -69,7 +69,7 @@ def draw_loss_differences(frame: pd.DataFrame) -> Figure:
         ax.axhspan(names.index(name) - 0.5, names.index(name) + 0.5, color="#F0F0F0", zorder=-1, lw=0)
     if len(breaking):
         last = max(names.index(name) for name in breaking)
-        ax.annotate("a peer's operator, which does not\nclaim to keep the loss", (1e-9, last), va="bottom", ha="center",
+        ax.annotate("copying layers does not\nclaim to keep the loss", (1e-9, last), va="bottom", ha="center",
                     fontsize=11, color="0.25", bbox={"fc": "#F0F0F0", "ec": "none", "pad": 1})  # fmt: skip
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -79,13 +79,13 @@ def draw_loss_differences(frame: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_locator(FixedLocator([floor, *ticks]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x < 1e-17 else f"$10^{{{round(np.log10(x))}}}$"))
-    ax.set(xlabel="|loss after - loss before|, nats a token", title="Growing keeps the loss, up to rounding")
+    ax.set(xlabel="|loss after - loss before|, nats per token", title="Growing keeps the loss, up to rounding")
     legend_outside(ax)
     return fig
 
 
 def draw_symmetry(frame: pd.DataFrame) -> Figure:
-    """How far the halves of a model grown in width are apart, a panel a learning rate, and the loss at the last one."""
+    """Distance of the halves of a model grown in width, a panel per learning rate, and the loss at the last one."""
     rates = list(dict.fromkeys(frame.learning_rate))
     fig, axes = new_figure(len(rates) + 1, width=4.7)
     for dtype, noise in frame[["dtype", "noise"]].drop_duplicates().itertuples(index=False):
@@ -103,7 +103,7 @@ def draw_symmetry(frame: pd.DataFrame) -> Figure:
     for ax, rate in zip(axes, rates, strict=False):
         ax.set(yscale="log", ylim=(lowest / 3, 1), title=f"Halves apart, learning rate {rate:g}")
     axes[0].set_ylabel("||half 1 - half 2|| / ||embedding||")
-    axes[-1].set(ylabel="validation loss, nats a token", title=f"Loss, learning rate {rates[-1]:g}")
+    axes[-1].set(ylabel="validation loss, nats per token", title=f"Loss, learning rate {rates[-1]:g}")
     for ax in axes:
         ax.set_xlabel("steps after growth")
     legend_outside(fig, "below", ncols=4)
@@ -111,7 +111,7 @@ def draw_symmetry(frame: pd.DataFrame) -> Figure:
 
 
 def draw_trajectory(frame: pd.DataFrame) -> Figure:
-    """Distance of the grown model from the small one trained on, by how AdamW's state was handed over (float64)."""
+    """Distance of the grown model from the small one in training, by how AdamW's state was grown (float64)."""
     fig, (left, right) = new_figure(2)
     floor = 1e-17
     for (name, rows), color, style in zip(
@@ -123,24 +123,26 @@ def draw_trajectory(frame: pd.DataFrame) -> Figure:
     left.set(yscale="log", xlabel="steps after growth", ylabel="largest |logit difference|")
     left.set_title("Distance from the small model's function")
     right.set(
-        xlabel="steps after growth", ylabel="loss - small model's, nats a token", title="Loss beside the small model's"
+        xlabel="steps after growth",
+        ylabel="loss - small model's, nats per token",
+        title="Loss beside the small model's",
     )
     legend_outside(fig, "below", ncols=2)
     return fig
 
 
 def draw_curves(table: pd.DataFrame, curves: dict[str, staged.Curve]) -> Figure:
-    """The authors' curves, loss against compute, with the switch points of their own rule; one panel a pair.
+    """The authors' curves, loss against compute, with the growth points of their rule; one panel per pair.
 
-    table: `staged_schedule.projections`. "Grown" is the target's curve from S_target on, moved to the compute that was
-    really spent; the dotted line is the small model without growing. Evaluations more than 1 % above the one before
-    are left out, as by the authors.
+    table: `published_curves.projections`. "Grown" is the target's curve from S_target on, moved to the compute that was
+    really spent; the dotted line is the small model without growth. Evaluations more than 1 % above the one before are
+    left out, as the authors do.
     """
     fig, axes = new_figure(2, 2, height=3.9, sharex="row", sharey="row")
     for ax, row in zip(axes.flat, table.sort_values(["size", "operator"]).itertuples(), strict=True):
         small_x, small, at_pre = _over_compute(curves[row.small], row.small, row.authors_pre)
         target_x, target, at_opt = _over_compute(curves[row.target], row.target, row.authors_opt)
-        cost = staged_schedule.flops_per_step(row.target)
+        cost = published_curves.flops_per_step(row.target)
         at_target = cost * row.authors_target
         used, grown = small_x <= at_pre[0], (target_x >= at_target) & (target_x <= at_opt[0])
         shift = at_pre[0] - at_target
@@ -161,25 +163,25 @@ def draw_curves(table: pd.DataFrame, curves: dict[str, staged.Curve]) -> Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
-        ax.set_ylabel("validation loss, nats a token")
+        ax.set_ylabel("validation loss, nats per token")
     legend_outside(fig, "below", ncols=4)
     return fig
 
 
 def _over_compute(curve: staged.Curve, run: str, step: float) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
     """FLOPs and losses of a run without spikes, and its point at an evaluated step."""
-    kept, cost = without_spikes(curve.losses), staged_schedule.flops_per_step(run)
+    kept, cost = without_spikes(curve.losses), published_curves.flops_per_step(run)
     at = int((curve.x - step).abs().argmin())
     point = cost * float(curve.x[at]), float(curve.losses[at])
     return cost * curve.x[kept].numpy(), curve.losses[kept].numpy(), point
 
 
 def draw_saving_curves(table: pd.DataFrame) -> Figure:
-    """Projected saving against the growth point, one panel a pair: flat around the best; published points hollow."""
+    """Projected saving against the growth point, one panel per pair; published points are hollow."""
     fig, axes = new_figure(2, 2, height=3.5)
     for ax, row in zip(axes.flat, table.sort_values(["size", "operator"]).itertuples(), strict=True):
-        pair = next(pair for pair in staged_schedule.PAIRS if pair.name == row.pair)
-        found = staged_schedule.saving_curve(pair)
+        pair = next(pair for pair in published_curves.PAIRS if pair.name == row.pair)
+        found = published_curves.saving_curve(pair)
         found = found[(found.pre > 1000) & (found.saving > 0)]
         ax.axvspan(row.best_first / 1000, row.best_last / 1000, color=PALETTE[2], alpha=0.14, lw=0,
                    label="from first to last within 1 point of the best")  # fmt: skip
@@ -200,9 +202,9 @@ def draw_saving_curves(table: pd.DataFrame) -> Figure:
 
 
 def draw_paths(frame: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Saving of the best schedule by growth path, from the fitted law; whiskers: other warm-up cuts of the fit.
+    """Saving of the cheapest plan by growth path, from the fitted law; whiskers: other warm-up cuts of the fit.
 
-    frame: `staged_schedule.best_paths`, the first of its cuts is drawn. table: `projections`, for the published points.
+    frame: `published_curves.best_paths`; its first cut is drawn. table: `projections`, for the published points.
     """
     targets = list(dict.fromkeys(frame.target))
     fig, axes = new_figure(len(targets), sharey=True, squeeze=False)
@@ -220,7 +222,7 @@ def draw_paths(frame: pd.DataFrame, table: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(rows)), rows.index, rotation=40, ha="right", rotation_mode="anchor")
         ax.grid(axis="x", visible=False)
         ax.set(xlabel="growth path", title=target.replace("_", "-"))
-    fig.suptitle("Best schedule by growth path, from the fitted law (2D: depth x2, 2W: width x2, ->: next stage)")
+    fig.suptitle("Cheapest plan by growth path, from the fitted law (2D: depth x2, 2W: width x2, ->: next stage)")
     axes[0, 0].set_ylabel("saving over scratch, percent")
     for color, text in ((PALETTE[0], "two stages"), (PALETTE[2], "three stages")):
         axes[0, 0].bar(0, 0, color=color, label=text)

@@ -1,8 +1,8 @@
-"""Notebook 03, in seconds: what growing does to a small trained GPT-2 at the moment of growth and just after.
+"""Notebook 03, in seconds: the growth operators on a small trained GPT-2, at the moment of growth and just after.
 
-Shen et al. 2022: growth keeps the loss and the training dynamics. Here: loss and logits before and after each operator,
-the symmetry that growth in width leaves, the trajectory after it beside the small model's, and what of a new layer
-learns at once. No long training and no saving of compute.
+Shen et al. 2022: growth keeps the loss and the training dynamics. Measured here: loss and logits before and after each
+operator, the symmetry after growth in width, the trajectory of the grown model beside the small one's, and the
+gradients of new layers. No long training and no compute saved.
 """
 
 import copy
@@ -19,15 +19,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from effnn import staged
 from effnn.base import InvalidInput
-from effnn.experiments.staged.tiny import (
-    Tiny,
+from effnn.experiments.staged.toy_model import (
+    ToyModel,
     batches,
     checked_tokens,
     held_out,
     loss,
     synthetic_tokens,
     train,
-    train_tiny,
+    train_toy_model,
 )
 from effnn.staged.growth.depth import Layout
 from effnn.staged.growth.roles import layer_of
@@ -37,8 +37,14 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Operator:
-    """One way to grow. kind: width, depth or both; preserving: whether it claims to keep the loss; model: which small
-    model it is shown on (plain, untied: a head of its own, n_inner: an FFN three times as wide)."""
+    """One way to grow.
+
+    name: in tables and figures.
+    kind: "width", "depth" or "both".
+    width, depth, order, init, noise: as in `staged.grow`.
+    model: that it is shown on: "plain", "untied" (an output head of its own) or "n_inner" (an FFN three times as wide).
+    preserving: whether it claims to keep the loss.
+    """
 
     name: str
     kind: str
@@ -52,7 +58,7 @@ class Operator:
 
 
 NOISE = 0.3
-"""Standard deviation of the symmetry-breaking noise over the matrix's, the default of `staged.grow`."""
+"""Standard deviation of the symmetry-breaking noise over that of the matrix, the default of `staged.grow`."""
 
 OPERATORS = (
     Operator("width x2", "width", width=2),
@@ -71,7 +77,7 @@ OPERATORS = (
     Operator("copy (stacking), interleave", "depth", depth=2, init="copy", preserving=False),
     Operator("copy (stacking), append", "depth", depth=2, init="copy", order="append", preserving=False),
 )
-"""The growth operators of `staged.grow`; copying layers is a competitor's, which does not claim to keep the loss."""
+"""The growth operators of `staged.grow`. Copying layers comes from other papers and does not claim to keep the loss."""
 
 TRAJECTORIES = {
     "1/k rule, consistent moments": {"moments": "consistent", "adam_width_rule": "1/k"},
@@ -80,31 +86,38 @@ TRAJECTORIES = {
     "same rate, authors' moments": {"moments": "authors"},
     "same rate, moments reset": {"moments": "reset"},
 }
-"""Ways to hand AdamW's state over, for `exact_trajectory`."""
+"""Ways to grow the state of AdamW, for `exact_trajectory`."""
 
 
 def loss_differences(
     seeds: Iterable[int] = (0,),
     tokens: Sequence[int] | Tensor | None = None,
-    tiny: Tiny | None = None,
+    toy: ToyModel | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
     operators: Sequence[Operator] = OPERATORS,
 ) -> pd.DataFrame:
-    """Return one row a seed, operator and precision: the loss on held-out tokens before and after growing.
+    """Return one row per seed, operator and precision: the loss on held-out tokens before and after growing.
 
-    Columns: operator, kind, preserving, seed (of weights, batches and noise), dtype, loss_before, loss_after (nats a
-    token), loss_difference (absolute) and logit_difference (largest absolute). Each model is trained in float32 and
-    then cast, so both sides of a difference are computed in `dtype`; only the mean over tokens is always in float64.
-    tokens: as in `train_tiny`; `synthetic_tokens` by default. Raises InvalidInput for an unknown precision.
+    Each model is trained in float32 and then cast, so both sides of a difference are computed in `dtype`; only the mean
+    over tokens is always in float64.
+
+    seeds: of weights, batches and noise.
+    tokens: as in `train_toy_model`; `synthetic_tokens` by default.
+    toy: the model; the default one if None.
+    dtypes: some of `DTYPES`.
+    operators: to show.
+
+    Columns: operator, kind, preserving, seed, dtype, loss_before, loss_after (nats per token), loss_difference
+    (absolute) and logit_difference (largest absolute). Raises InvalidInput for an unknown precision.
     """
     if unknown := [name for name in dtypes if name not in DTYPES]:
         raise InvalidInput(f"unknown precision {', '.join(unknown)}; choices: {', '.join(DTYPES)}")
-    tiny, tokens = tiny or Tiny(), synthetic_tokens() if tokens is None else tokens
-    shapes = {"plain": tiny, "untied": replace(tiny, tied=False), "n_inner": replace(tiny, n_inner=3 * tiny.width)}
-    batch, rows = held_out(tokens, tiny), []
+    toy, tokens = toy or ToyModel(), synthetic_tokens() if tokens is None else tokens
+    shapes = {"plain": toy, "untied": replace(toy, tied=False), "n_inner": replace(toy, n_inner=3 * toy.width)}
+    batch, rows = held_out(tokens, toy), []
     for seed in seeds:
         used = {operator.model for operator in operators}
-        models = {name: train_tiny(shape, tokens, seed)[0] for name, shape in shapes.items() if name in used}
+        models = {name: train_toy_model(shape, tokens, seed)[0] for name, shape in shapes.items() if name in used}
         for dtype in dtypes:
             small = {name: copy.deepcopy(model).to(DTYPES[dtype]) for name, model in models.items()}
             before = {name: _look(model, batch) for name, model in small.items()}
@@ -119,7 +132,7 @@ def loss_differences(
 
 
 def largest_loss_differences(frame: pd.DataFrame, dtype: str = "float32") -> list[float]:
-    """Return the largest |loss difference| over all operators that claim to keep the loss, one number a seed."""
+    """Return the largest |loss difference| over all operators that claim to keep the loss, one number per seed."""
     kept = frame[frame.preserving & (frame["dtype"] == dtype)]
     if kept.empty:
         raise InvalidInput(f"no {dtype} row of an operator that keeps the loss: run loss_differences with {dtype}")
@@ -129,30 +142,30 @@ def largest_loss_differences(frame: pd.DataFrame, dtype: str = "float32") -> lis
 def symmetry_trap(
     steps: int = 150,
     tokens: Sequence[int] | Tensor | None = None,
-    tiny: Tiny | None = None,
+    toy: ToyModel | None = None,
     every: int = 10,
     noises: Sequence[float] = (0.0, NOISE),
     dtypes: Sequence[str] = ("float64", "float32"),
     rates: Sequence[float] = (3e-3, 1e-2),
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return how far the two halves of a model grown by width 2 come apart under training (without dropout).
+    """Return how far the two halves of a model grown by width 2 move apart in training without dropout.
 
     One row a learning rate (before and after growth), precision, noise and evaluated step after growth (0: at growth):
     learning_rate, dtype, noise, step, asymmetry (norm of the difference of the halves of the token embedding over the
-    norm of the embedding, which itself gets no noise) and loss (held out, nats a token). AdamW's state is grown
-    (consistent moments), its rate stays. Without noise only rounding tells the halves apart, and a symmetric model
-    computes what the small one could: no capacity was added. Training may or may not amplify rounding; that depends on
-    the learning rate, the task and the size.
+    norm of the embedding, which itself gets no noise) and loss (held out, nats per token). AdamW's state is grown
+    (consistent moments), its rate stays. Without noise the halves differ by rounding alone, and a model with equal
+    halves computes no more than the small one. Whether training amplifies rounding depends on the learning rate, the
+    task and the size.
     """
-    tiny, tokens = tiny or Tiny(), synthetic_tokens() if tokens is None else tokens
-    tokens, rows = checked_tokens(tokens, tiny), []
-    batch = held_out(tokens, tiny)
+    toy, tokens = toy or ToyModel(), synthetic_tokens() if tokens is None else tokens
+    tokens, rows = checked_tokens(tokens, toy), []
+    batch = held_out(tokens, toy)
     for rate, dtype in itertools.product(rates, dtypes):
-        small, optimizer = train_tiny(replace(tiny, learning_rate=rate), tokens, seed, DTYPES[dtype])
+        small, optimizer = train_toy_model(replace(toy, learning_rate=rate), tokens, seed, DTYPES[dtype])
         for noise in noises:
             grown = staged.grow(small, optimizer, width=2, noise=noise, seed=seed)
-            source = batches(tokens, tiny, seed, steps, first=tiny.steps)
+            source = batches(tokens, toy, seed, steps, first=toy.steps)
             for step in range(0, steps + 1, every):
                 embedding = grown.model.transformer.wte.weight.detach()
                 first, second = embedding.chunk(2, dim=1)
@@ -164,21 +177,21 @@ def symmetry_trap(
 
 
 def exact_trajectory(
-    steps: int = 40, tokens: Sequence[int] | Tensor | None = None, tiny: Tiny | None = None, seed: int = 0
+    steps: int = 40, tokens: Sequence[int] | Tensor | None = None, toy: ToyModel | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Return how far a model grown by width 2 is from the small one trained on, in float64, both on the same batches.
+    """Return how far a model grown by width 2 is from the small one, both trained on the same batches in float64.
 
-    One row a way of `TRAJECTORIES` and step after growth (0: at growth): variant, step, loss_before (the small
-    model's), loss_after (the grown one's), loss_difference and logit_difference (absolute, held out). No noise: with
-    it the models must part.
+    One row per variant of `TRAJECTORIES` and step after growth (0: at growth): variant, step, loss_before (the small
+    model's), loss_after (the grown one's), loss_difference and logit_difference (absolute, held out). Without noise,
+    which would make the models differ.
     """
-    tiny, tokens = tiny or Tiny(), synthetic_tokens() if tokens is None else tokens
-    tokens = checked_tokens(tokens, tiny)
-    batch = held_out(tokens, tiny)
-    small, optimizer = train_tiny(tiny, tokens, seed, torch.float64)
+    toy, tokens = toy or ToyModel(), synthetic_tokens() if tokens is None else tokens
+    tokens = checked_tokens(tokens, toy)
+    batch = held_out(tokens, toy)
+    small, optimizer = train_toy_model(toy, tokens, seed, torch.float64)
     runs = {name: staged.grow(small, optimizer, width=2, noise=0.0, **how) for name, how in TRAJECTORIES.items()}
     rows = _compare(0, small, runs, batch)
-    for step, used in enumerate(batches(tokens, tiny, seed, steps, first=tiny.steps), 1):
+    for step, used in enumerate(batches(tokens, toy, seed, steps, first=toy.steps), 1):
         for model, state in ((small, optimizer), *((run.model, run.optimizer) for run in runs.values())):
             train(model, state, [used])
         rows += _compare(step, small, runs, batch)
@@ -193,18 +206,18 @@ def _compare(
 
 
 def new_layer_gradients(
-    tokens: Sequence[int] | Tensor | None = None, tiny: Tiny | None = None, order: str = "interleave", seed: int = 0
+    tokens: Sequence[int] | Tensor | None = None, toy: ToyModel | None = None, order: str = "interleave", seed: int = 0
 ) -> pd.DataFrame:
-    """Return what of the new layers has a gradient at the first step after growth by depth 2, one row an init.
+    """Return which part of the new layers has a gradient at the first step after growth by depth 2, one row per init.
 
-    Columns: init, share (of the new layers' parameters, of those with a gradient other than zero), matrices (how many
-    of the matrices have one anywhere), of_matrices, and loss_difference at growth (float64).
+    Columns: init, share (of the new layers' parameters: those with a gradient other than zero), matrices (the number of
+    matrices with such a gradient), of_matrices (their number in all), and loss_difference at growth (float64).
     """
-    tiny, tokens = tiny or Tiny(), synthetic_tokens() if tokens is None else tokens
-    batch, rows = held_out(tokens, tiny), []
-    small, _ = train_tiny(tiny, tokens, seed, torch.float64)
+    toy, tokens = toy or ToyModel(), synthetic_tokens() if tokens is None else tokens
+    batch, rows = held_out(tokens, toy), []
+    small, _ = train_toy_model(toy, tokens, seed, torch.float64)
     before = staged.evaluate_loss(small, batch)
-    new = Layout.of(tiny.layers, 2, order).new
+    new = Layout.of(toy.layers, 2, order).new
     for init in staged.INITS:
         grown = staged.grow(small, depth=2, init=init, order=order).model
         loss(grown, batch).backward()
@@ -241,7 +254,7 @@ def grown_matrices(seed: int = 3, noise: float = NOISE) -> dict[str, np.ndarray]
 
 @torch.no_grad()
 def _look(model: GPT2LMHeadModel, batch: Tensor) -> tuple[float, Tensor]:
-    """Loss and logits of a batch. The mean over tokens is taken in float64: in float32 it would hide differences."""
+    """Loss and logits of a batch. The mean over tokens is in float64; in float32 it would hide differences."""
     logits = model.eval()(input_ids=batch).logits.double()
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())), logits
 

@@ -1,8 +1,8 @@
-"""Notebook 03, without training: the schedule on the validation curves that the authors published.
+"""Notebook 03, without training: when to grow, read off the validation curves that the authors published.
 
 Six runs from scratch (Shen et al. 2022, the branch `updates` of their repository; data/published/staged_curves.csv). A
 projected saving is read off two of them under the assumption that growth keeps loss and dynamics. The authors projected
-theirs in the same way: none of these numbers is of a run that was grown.
+their savings in the same way: none of these numbers is from a run with growth.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SHAPES = {
 """Layers and width of the six runs; the authors' large is 24 layers of width 1536."""
 
 WARMUP = 3000
-"""Steps over which the authors' learning rate rises; a loss law does not know of them."""
+"""Steps of the authors' warm-up, which a loss law leaves out."""
 
 TOKENS_PER_STEP = 512 * 1024
 """The authors' batch."""
@@ -84,22 +84,22 @@ def parameters(model: str) -> int:
 
 
 def flops_per_step(model: str) -> float:
-    """FLOPs of one step of the authors' batch, 6 N a token as they count."""
+    """FLOPs of one step of the authors' batch, 6 N per token."""
     return 6 * parameters(model) * TOKENS_PER_STEP
 
 
 def authors_curves() -> dict[str, staged.Curve]:
-    """Return the six validation curves over steps, by run: nats a token, one evaluation every 50 steps.
+    """Return the six validation curves over steps, by run: nats per token, one evaluation every 50 steps.
 
-    The logs count the first step as 0, so that the first evaluation, after 50 steps, stands at 49. The numbers are left
-    like that, as the authors' switch points count in the same way (the thinned rows of staged.csv count from 1).
+    The logs count the first step as 0, so the first evaluation, after 50 steps, is at 49. The numbers stay so, since
+    the authors' growth points count in the same way (the thinned rows of staged.csv count from 1).
     """
     rows = published.points("staged_curves", metric="val_loss")
     return {model: staged.Curve(group.x.tolist(), group.y.tolist()) for model, group in rows.groupby("model")}
 
 
 def published_projection(pair: Pair) -> dict[str, float]:
-    """Return what the authors state of a pair: saving (percent), pre, target, opt (steps), loss and rho.
+    """Return the authors' numbers of a pair: saving (percent), pre, target, opt (steps), loss and rho.
 
     Raises InvalidInput where one of them is missing in data/published/staged.csv.
     """
@@ -110,18 +110,18 @@ def published_projection(pair: Pair) -> dict[str, float]:
 
 
 def projections() -> pd.DataFrame:
-    """Return one row a pair with its projected saving by five rules. Savings are percent, the others steps or ratios.
+    """Return one row per pair with its projected saving by five rules. Savings are percent, the others steps or ratios.
 
-    published_*  the authors' own numbers (saving, pre: S_pre, target: S_target, opt: S_opt, rho), from staged.csv.
+    published_*  the authors' numbers (saving, pre: S_pre, target: S_target, opt: S_opt, rho), from staged.csv.
     authors_*    their rule in our code on their full logs: `staged.authors_projection` with their thresholds.
-    robust_*     S_pre by `find_crossing` with `growth_tau(size_ratio)`, which looks at the small model's curve alone;
-                 S_target interpolated. robust_saving is at the authors' S_opt, so that it can be compared with the
-                 others; robust_own_saving at robust_opt, where the target passes `stopping_tau`.
-    best_*       the S_pre with the largest saving at the authors' S_opt, and the first and last S_pre within one point
-                 of it (in between the saving may dip below that: the curves are noisy).
-    closed_*     closed_rho is `growth_rho(size_ratio)`; closed_pre the S_pre at which the two curves' S_pre / S_target
-                 passes it (the middle between the first above and the last below), and the saving there, at the
-                 authors' S_opt.
+    robust_*     S_pre by `find_crossing` with `growth_tau(size_ratio)`, which needs the small model's curve alone;
+                 S_target interpolated. robust_saving is at the authors' S_opt, as the others; robust_own_saving is at
+                 robust_opt, where the target passes `stopping_tau`.
+    best_*       the S_pre with the largest saving at the authors' S_opt, and the first and last S_pre within one
+                 percentage point of it (between them the saving may be lower: the curves are noisy).
+    closed_*     closed_rho is `growth_rho(size_ratio)`; closed_pre the S_pre at which S_pre / S_target of the two
+                 curves passes it (halfway between the first above and the last below); the saving is at the authors'
+                 S_opt.
     """
     curves = authors_curves()
     return pd.DataFrame([_projection(pair, curves[pair.small], curves[pair.target]) for pair in PAIRS])
@@ -153,8 +153,8 @@ def _projection(pair: Pair, small: staged.Curve, target: staged.Curve) -> dict[s
 def saving_curve(pair: Pair, step: float = 50) -> pd.DataFrame:
     """Return the projected saving against the growth point, every `step` steps: pair, pre, target, rho, saving.
 
-    At the authors' S_opt, in percent. S_pre from the small model's first evaluation on that has a loss of the target's
-    to the last one before S_opt or before the small model's curve ends.
+    saving: percent, at the authors' S_opt. pre: every S_pre at which the small model has a loss of the target before
+    S_opt.
     """
     curves = authors_curves()
     small, target, opt = curves[pair.small], curves[pair.target], published_projection(pair)["opt"]
@@ -177,13 +177,13 @@ def law_fit(warmup: float = WARMUP) -> staged.LawFit:
 def best_paths(
     targets: Sequence[str] = ("GPT2_base", "GPT2_large"), warmups: Sequence[float] = (WARMUP, 2000, 4000)
 ) -> pd.DataFrame:
-    """Return `best_schedules` under the fitted law: one row a target, path of `PATHS` and warm-up cut of the fit.
+    """Return `best_plans` under the fitted law: one row per target, path of `PATHS` and warm-up cut of the fit.
 
-    The end is the loss that the law gives the target at the authors' S_opt; growth is allowed from step `WARMUP` on.
-    warmups: the fit is repeated with evaluations after each of these; how far the savings move is how much the law
-    says about them. Columns: target, path, warmup, rms (of the fit), saving (percent of scratch), continued (compute
-    that the smallest model alone would need for the loss, over scratch; infinite where it never gets there), and
-    switches: stages with the step of a from-scratch model of that size at which each is left.
+    The final loss is the law's for the target at the authors' S_opt; growth is allowed from step `WARMUP` on.
+    warmups: the fit is repeated on the evaluations after each of these; the spread of the savings shows how uncertain
+    they are. Columns: target, path, warmup, rms (of the fit), saving (percent of scratch), continued (compute that the
+    smallest model needs for the loss without growth, over scratch; infinite if it never has it), and switches (the
+    stages, with the steps after which a model of that size from scratch has the loss at the end of each).
     """
     stops = {pair.target: published_projection(pair)["opt"] for pair in PAIRS}
     if unknown := [target for target in targets if target not in stops]:
@@ -193,7 +193,7 @@ def best_paths(
         fit = law_fit(warmup)
         for target in targets:
             loss = fit.law.loss(parameters(target), stops[target])
-            for plan in staged.best_schedules(
+            for plan in staged.best_plans(
                 fit.law, *SHAPES[target], loss, earliest=WARMUP, tokens_per_step=TOKENS_PER_STEP
             ):
                 switches = ", ".join(f"{stage.layers} x {stage.width} to {stage.last:.0f}" for stage in plan.stages)
@@ -204,7 +204,7 @@ def best_paths(
 
 
 def _crossing(curve: staged.Curve, tau: float) -> float:
-    """Step at which `find_crossing` fires."""
+    """Step of `staged.crossing`."""
     return float(curve.x[staged.crossing(curve.x, curve.losses, tau)])
 
 

@@ -1,8 +1,8 @@
-"""Notebook 03: what the lines cost in seconds. A step of every model size is timed, all sizes in turn, in one place.
+"""Notebook 03: the cost of the methods in seconds, from the time of a training step of every model size.
 
-Runs are long, cached, and trained side by side while a machine's load changes, so the seconds that they took cannot be
-compared. Steps are counted, and a step's time depends on the size alone: a run's seconds are the steps at each size,
-times what a step of that size took when all of them were timed in turn.
+Runs are long, cached, and trained side by side while the load of the machine changes, so their own seconds cannot be
+compared. The time of a step depends on the size alone: the seconds of a run are its steps at each size times the time
+of such a step, and all sizes are timed in turn.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,9 @@ import pandas as pd
 
 from effnn import staged
 from effnn.base import interleave, threads
-from effnn.experiments.staged.lines import Line, Setting, configuration, recipe_of
+from effnn.experiments.staged.runs import Method, Setting, configuration, recipe_of
 from effnn.staged.training.batches import Batches
-from effnn.staged.training.processes import Ranks
+from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.step import Stepper
 
 Size = tuple[int, int]
@@ -23,10 +23,15 @@ Size = tuple[int, int]
 def step_seconds(
     sizes: Iterable[Size], setting: Setting, rounds: int = 9, steps: int = 20, count: int = 1
 ) -> pd.DataFrame:
-    """Time a training step (forward, backward, clipping, AdamW) of every size, the sizes in turn.
+    """Return the time of a training step (forward, backward, clipping, AdamW) of every size, measured in turn.
 
-    sizes: (layers, width). rounds: of the turns; steps: taken by each size in a round; count: torch threads. Columns:
-    layers, width, seconds (a step's, median over rounds), low, high (extremes), load (highest load average).
+    sizes: (layers, width) each.
+    setting: of the runs.
+    rounds: of measurement.
+    steps: taken by each size in a round.
+    count: torch threads.
+
+    Columns: layers, width, seconds (per step, median over rounds), low, high (extremes), load (highest load average).
     """
     text, ranks = setting.load(), Ranks.current(setting.device)
     recipe = replace(recipe_of(setting, rate=1e-3, seed=0), evaluate_sequences=1, checkpoint_every=None)
@@ -58,16 +63,16 @@ def step_seconds(
     )
 
 
-def with_seconds(ends: pd.DataFrame, lines: Mapping[str, Line], times: pd.DataFrame) -> pd.DataFrame:
-    """Return the end points with a column `seconds`: steps at each size times what a step takes (`step_seconds`).
+def with_seconds(ends: pd.DataFrame, methods: Mapping[str, Method], times: pd.DataFrame) -> pd.DataFrame:
+    """Return the end points with a column `seconds`: steps at each size times the time of a step (`step_seconds`).
 
-    lines: by the names in `ends`; every one of their sizes must be in `times`.
+    methods: by the names in `ends`; all of their sizes must be in `times`.
     """
     each = {(row.layers, row.width): row.seconds for row in times.itertuples()}
 
     def spent(row) -> float:
-        line = lines[row.line]
-        steps = (*line.steps, row.steps - sum(line.steps))
-        return sum(count * each[size] for count, size in zip(steps, line.sizes, strict=True))
+        method = methods[row.method]
+        steps = (*method.steps, row.steps - sum(method.steps))
+        return sum(count * each[size] for count, size in zip(steps, method.sizes, strict=True))
 
     return ends.assign(seconds=[spent(row) for row in ends.itertuples()])

@@ -1,1 +1,1 @@
-"""Growing a model and its optimizer, such that loss and training dynamics stay where they are."""
+"""Growing a model and its optimizer without a change of loss and training dynamics."""

@@ -1,17 +1,19 @@
 """Growth in depth by a whole factor: every layer gets factor - 1 new ones (Shen et al. 2022; stacking).
 
-Where they stand (order):
+Where the new layers go (order):
   interleave   behind their source layer: i -> i * factor, new ones i * factor + 1, ...;
   append       on top: the whole stack again, factor - 1 times.
-What they hold (init), with d the width:
-  zero_proj    the source's copy with both projections to the residual stream at zero. Bit-exact; these have gradients;
+What they hold (init):
+  zero_proj    a copy of the source layer with both projections to the residual stream at zero. The loss does not change
+               by a single bit, and the zero projections have gradients at once;
   ln_zero      the source's matrices, every 1-D tensor zero. Bit-exact; no matrix has a gradient at first;
-  identity     every 1-D tensor zero, matrices the identity (rectangular where they are). Bit-exact; likewise. This is
-               what the authors describe; their released code copies instead, and resets moments of the old layers;
-  copy         the source's copy (progressive stacking, G_stack with append). Not function-preserving.
+  identity     matrices the identity (cut off where they are rectangular), every 1-D tensor zero. Bit-exact; no matrix
+               has a gradient at first. The paper describes this one; its released code copies layers instead and resets
+               the moments of the old ones;
+  copy         a copy of the source layer (progressive stacking; G_stack with append). Changes the loss.
 
-Nothing in the small model predicts the gradients of new layers, so their moments start at zero, with step 0: AdamW then
-corrects its bias for them alone.
+The small model says nothing about the gradients of new layers, so their moments start at zero with step 0: AdamW then
+corrects its bias for the new layers alone.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,11 @@ INITS = ("zero_proj", "ln_zero", "identity", "copy")
 
 @dataclass(frozen=True)
 class Layout:
-    """sources: for every layer of the grown model, the small layer that it comes from. new: whether it was added."""
+    """Where the layers of a grown model come from.
+
+    sources: for every layer of the grown model, the index of the small layer that it comes from. new: whether it was
+    added.
+    """
 
     sources: tuple[int, ...]
     new: tuple[bool, ...]
@@ -70,17 +76,14 @@ def new_value(wide: Tensor, role: Role, init: str) -> Tensor:
     return value
 
 
-def check_depth(model: GPT2LMHeadModel, factor: int, order: str, init: str) -> None:
-    """InvalidInput for an unknown order or init, and for a model that cannot grow in depth the way it is asked to."""
-    for name, value, choices in (("order", order, ORDERS), ("init", init, INITS)):
-        if value not in choices:
-            raise InvalidInput(f"{name}={value!r}: expected one of {', '.join(choices)}")
+def check_depth(model: GPT2LMHeadModel, factor: int, init: str) -> None:
+    """InvalidInput for a model that cannot grow in depth by `factor` with new layers of this `init`."""
     if factor == 1:
         return
     if model.config.scale_attn_by_inverse_layer_idx:
         raise InvalidInput(
-            "config.scale_attn_by_inverse_layer_idx is set: attention scores depend on the index of their layer, and "
-            "growth in depth moves it. Such a model can grow in width only"
+            "config.scale_attn_by_inverse_layer_idx is set: attention scores depend on the index of their layer, which "
+            "growth in depth changes. Such a model can grow in width only"
         )
     act = model.transformer.h[0].mlp.act
     if init in ("identity", "ln_zero") and float(act(torch.zeros(1))) != 0:

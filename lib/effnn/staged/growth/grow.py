@@ -4,17 +4,16 @@
 training state so that the loss and the training dynamics are preserved, train on.
 
   1. Build the grown model without values (meta device).
-  2. Widen every tensor (width.py), add noise, and place it; derive the tensors of new layers from it (depth.py).
-  3. Rebuild the optimizer and the scheduler around the new parameters, state by name (optimizer.py).
-  4. Write what happened into the configuration (record.py).
+  2. Widen every tensor and add noise (width.py); derive the tensors of new layers from it (depth.py).
+  3. Rebuild the optimizer and the scheduler around the new parameters, with the state found by name (optimizer.py).
+  4. Record the events in the configuration (config.py).
 
-Nothing is shared with the originals, and they are not changed. Not covered: other architectures and optimizers, and
-growth of the head size. Gradients and hooks are not carried over.
+The grown model shares nothing with the original, which is not changed. Not covered: other architectures and optimizers,
+and growth of the head size. Gradients and hooks are not carried over.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel
 
-from effnn.base import InvalidInput
-from effnn.staged.growth.depth import Layout, check_depth, new_value
+from effnn.base import InvalidInput, evaluating
+from effnn.staged.growth.config import GrowthRecord, append_history, check_factor, grown_config
+from effnn.staged.growth.depth import INITS, ORDERS, Layout, check_depth, new_value
+from effnn.staged.growth.module_settings import carry_over, skeleton
 from effnn.staged.growth.optimizer import (
     MOMENTS,
     NEW_MOMENTS,
@@ -35,17 +36,14 @@ from effnn.staged.growth.optimizer import (
     names_by_group,
     steps_done,
 )
-from effnn.staged.growth.record import GrowthRecord, append_history
-from effnn.staged.growth.roles import check_model, role_of
-from effnn.staged.growth.settings import carry_over, skeleton
-from effnn.staged.growth.sizes import check_factor, grown_config
-from effnn.staged.growth.unwrap import plain_model, plain_optimizer, plain_scheduler
+from effnn.staged.growth.roles import role_of
+from effnn.staged.growth.unwrap import check_model, plain_model, plain_optimizer, plain_scheduler
 from effnn.staged.growth.width import DEFAULT_NOISE, add_noise_, value_divisor, widen
 
 
 @dataclass(frozen=True)
 class Grown:
-    """What `grow` returns. record: the events of this call, none for factors of 1, two for compound growth."""
+    """What `grow` returns. record: the events of this call; none for factors of 1, two for both width and depth."""
 
     model: GPT2LMHeadModel
     optimizer: AdamW | None
@@ -71,40 +69,41 @@ def grow(
 ) -> Grown:
     """A model `width` times as wide and `depth` times as deep that computes the same, with its training state.
 
-    model: GPT2LMHeadModel, head tied or not; device and dtype of every tensor, train or eval mode, `requires_grad`,
-    what was set on the modules (dropout, gradient checkpointing with its arguments) and the generation configuration
-    are kept. Wrappers (DistributedDataParallel, torch.compile, accelerate's optimizer and scheduler) are looked into,
-    and what comes back has none. Width keeps the head size: n_embd, n_head and a given n_inner are multiplied. Compound
-    growth is width first; for the reverse, call twice.
-    order: "interleave" or "append". init of new layers: "zero_proj", "ln_zero", "identity" (all bit-exact) or "copy"
-    (changes the loss); see depth.py.
-    noise: symmetry-breaking noise of width, its standard deviation over the matrix's, 0 to 1; None takes 0.3 where the
-    model has no dropout (which would break the symmetry too) and 0 elsewhere. The loss stays exact up to rounding, in
-    half precision only roughly. seed: of the noise; drawn on the model's device, the global generators stay untouched.
-    moments: "consistent", "authors" or "reset"; adam_width_rule: "none" keeps the hyper-parameters, "1/k" adapts
-    learning rate, eps and weight decay; see optimizer.py. new_moments: of new layers, "zero" or, with init="copy",
-    "copy". scheduler: LambdaLR or None; it stays at its position.
+    What is set on the model stays: device and dtype of every tensor, train or eval mode, `requires_grad`, settings on
+    the modules (dropout, gradient checkpointing with its arguments) and the generation configuration. Wrappers are
+    opened (unwrap.py), and what comes back has none.
+
+    model: GPT2LMHeadModel, with a tied output head or one of its own.
+    optimizer: its torch.optim.AdamW, or None.
+    scheduler: the LambdaLR of `optimizer`, or None; the new one stands at the same position.
+    width: multiplies n_embd, n_head and a given n_inner; the head size stays. With a depth factor too, width comes
+    first; for the reverse, call twice.
+    depth: multiplies n_layer.
+    order: of new layers: "interleave" or "append" (depth.py).
+    init: of new layers: "zero_proj", "ln_zero", "identity" (all bit-exact) or "copy" (changes the loss).
+    noise: standard deviation of the symmetry-breaking noise of width over that of the matrix, 0 to 1. None takes 0.3
+    for a model without dropout and 0 for one with dropout, which breaks the symmetry too. The loss stays the same up to
+    rounding, in half precision only roughly.
+    seed: of the noise, which is drawn on the model's device; the global generators stay untouched.
+    moments: of what grew in width: "consistent", "authors" or "reset" (optimizer.py).
+    new_moments: of new layers: "zero" or, with init="copy", "copy".
+    adam_width_rule: "none" keeps the hyper-parameters, "1/k" adapts learning rate, eps and weight decay (optimizer.py).
     batch: token ids (rows, length), on which the loss is measured before and after, for the record.
 
-    Raises InvalidInput for: a model that is not a stock GPT2LMHeadModel of whole, unquantized tensors, a factor that is
+    Raises InvalidInput for a model that is not a stock GPT2LMHeadModel of whole, unquantized tensors, a factor that is
     not a whole number of at least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or
     scheduler of another kind or of another model, and an unknown choice.
-    Source: Shen et al. 2022 and its released code for width 2 and depth 2; the rest is derived (width.py).
+    Source: Shen et al. 2022 and its released code for width 2 and depth 2; other factors are derived (width.py).
     """
-    width, depth = check_factor("width", width), check_factor("depth", depth)
+    width, depth = check_options(width, depth, order, init, noise, moments, new_moments, adam_width_rule)
     model, optimizer, scheduler = plain_model(model), plain_optimizer(optimizer), plain_scheduler(scheduler)
     check_model(model)
-    check_depth(model, depth, order, init)
-    _check_choices(moments=(moments, MOMENTS), new_moments=(new_moments, NEW_MOMENTS))
-    _check_choices(adam_width_rule=(adam_width_rule, WIDTH_RULES))
-    if new_moments == "copy" and init != "copy":
-        raise InvalidInput(f"new_moments='copy' goes with init='copy': moments of a copy mean nothing for {init!r}")
-    noise = _checked_noise(model, noise) if width > 1 else 0.0
+    check_depth(model, depth, init)
+    noise = _noise_in_force(model, noise) if width > 1 else 0.0
     if optimizer is not None:
         names_by_group(model, optimizer)
     if scheduler is not None:
         check_scheduler(scheduler, optimizer)
-
     if batch is not None:
         _check_batch(batch, model.config.n_positions)
 
@@ -139,10 +138,38 @@ def grow(
     return Grown(grown, new_optimizer, new_scheduler, tuple(records))
 
 
+def check_options(
+    width: int,
+    depth: int,
+    order: str,
+    init: str,
+    noise: float | None,
+    moments: str,
+    new_moments: str,
+    adam_width_rule: str,
+) -> tuple[int, int]:
+    """The factors (width, depth) as ints; InvalidInput for an option of `grow` that no model allows."""
+    choices = {
+        "order": (order, ORDERS),
+        "init": (init, INITS),
+        "moments": (moments, MOMENTS),
+        "new_moments": (new_moments, NEW_MOMENTS),
+        "adam_width_rule": (adam_width_rule, WIDTH_RULES),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise InvalidInput(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    if new_moments == "copy" and init != "copy":
+        raise InvalidInput(f"new_moments='copy' goes with init='copy': init={init!r} does not copy the layer")
+    if noise is not None and (isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= noise <= 1):
+        raise InvalidInput(f"noise={noise!r}: expected a number from 0 to 1, or None")
+    return check_factor("width", width), check_factor("depth", depth)
+
+
 @torch.no_grad()
 def evaluate_loss(model: GPT2LMHeadModel, batch: Tensor) -> float:
-    """Mean cross-entropy in nats a token of token ids (rows, length), in eval mode, summed in at least float32."""
-    with _eval_mode(model):
+    """Mean cross-entropy in nats per token of token ids (rows, length), in eval mode, summed in at least float32."""
+    with evaluating(model):
         logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return float(functional.cross_entropy(logits, batch[:, 1:].flatten()))
@@ -173,13 +200,11 @@ def _grow_model(
     return grown, n_wide
 
 
-def _checked_noise(model: GPT2LMHeadModel, noise: float | None) -> float:
-    if noise is None:
-        dropout = any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
-        return 0.0 if dropout else DEFAULT_NOISE
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
-        raise InvalidInput(f"noise={noise!r}: expected a number from 0 to 1, or None")
-    return float(noise)
+def _noise_in_force(model: GPT2LMHeadModel, noise: float | None) -> float:
+    if noise is not None:
+        return float(noise)
+    dropout = any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
+    return 0.0 if dropout else DEFAULT_NOISE
 
 
 def _check_batch(batch: Tensor, positions: int) -> None:
@@ -188,20 +213,3 @@ def _check_batch(batch: Tensor, positions: int) -> None:
         raise InvalidInput(
             f"batch: expected token ids (rows, length) with a length from 2 to n_positions={positions}, found {found}"
         )
-
-
-def _check_choices(**given: tuple[str, tuple[str, ...]]) -> None:
-    for name, (value, choices) in given.items():
-        if value not in choices:
-            raise InvalidInput(f"{name}={value!r}: expected one of {', '.join(choices)}")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

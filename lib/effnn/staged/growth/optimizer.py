@@ -3,11 +3,11 @@
 Moments of what grew in width (k: the factor; see the table in width.py):
   consistent   those of the grown model's own gradients: m / k and v / k^2, in all k x k blocks of a matrix;
   authors      m / k and v / k^2 on the block diagonal, zero outside it (the released code);
-  reset        none: the optimizer starts anew.
-In all of them the final normalisation keeps m and v as they are, as its gradient is not divided.
+  reset        none, as in a new optimizer.
+The final normalisation keeps its m and v, as its gradient is not divided.
 
-Adam divides a gradient by its own size, so it does not see the 1 / k: all k blocks in a column move a full learning
-rate, and the function moves k times as far. adam_width_rule="1/k" puts that right: learning rate / k and weight decay
+Adam divides a gradient by its own size, so it does not see the 1 / k: all k blocks in a column move by a full learning
+rate, and the function changes k times as fast. adam_width_rule="1/k" corrects that: learning rate / k and weight decay
 times k for matrices and the final normalisation, eps / k for all but the final normalisation. With consistent moments,
 without noise and dropout, training then goes on exactly as the small model's would have.
 """
@@ -31,14 +31,14 @@ MOMENTS = ("consistent", "authors", "reset")
 NEW_MOMENTS = ("zero", "copy")
 WIDTH_RULES = ("none", "1/k")
 _POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-"""Moment -> power of the gradient that it averages."""
+"""Moment -> the power of the gradient that it is an average of."""
 
 
 def names_by_group(model: GPT2LMHeadModel, optimizer: AdamW) -> list[list[str]]:
     """Names of the parameters of every group, in the group's order.
 
-    InvalidInput for another optimizer than torch.optim.AdamW, for one that holds parameters of another model, and for
-    state that does not fit its parameter (a state dictionary of another model was loaded).
+    InvalidInput for an optimizer other than torch.optim.AdamW, one with parameters of another model, and state that
+    does not fit its parameter (a state dictionary of another model was loaded).
     """
     if type(optimizer) is not AdamW:
         raise InvalidInput(
@@ -86,9 +86,16 @@ def grow_optimizer(
 ) -> tuple[AdamW, list[int]]:
     """The AdamW of the grown model, and for each of its groups the index of the group that it comes from.
 
-    Groups and their hyper-parameters stay; a group's parameters stand in the order of `grown.named_parameters()`, and
-    new layers join the group of their source. adam_width_rule="1/k" splits groups that hold several kinds of tensors.
-    new_moments: of new layers: "zero" with step 0, or "copy" of the source's. What has no state stays without.
+    Groups and their hyper-parameters stay. The parameters of a group are in the order of `grown.named_parameters()`;
+    new layers join the group of their source layer. Parameters without state get none.
+
+    optimizer: of the small model.
+    model, grown: the small and the grown model.
+    layout: where the layers of the grown model come from.
+    width: factor of the width.
+    moments: "consistent", "authors" or "reset", as above.
+    new_moments: of new layers: "zero" with step 0, or "copy" of the source layer's.
+    adam_width_rule: "none" or "1/k", which splits groups that hold several kinds of tensors.
     """
     parameters = dict(grown.named_parameters())
     order = {name: index for index, name in enumerate(parameters)}
@@ -107,31 +114,31 @@ def grow_optimizer(
         for parameter, state in optimizer.state.items():
             for place, new in layout.places(names[parameter]):
                 zero = new and new_moments == "zero"
-                result.state[parameters[place]] = _grow_state(state, names[parameter], width, moments, zero)
+                result.state[parameters[place]] = _grow_moments(state, names[parameter], width, moments, zero)
     return result, origins
 
 
 def grow_scheduler(scheduler: LambdaLR, optimizer: AdamW, origins: list[int]) -> LambdaLR:
     """The scheduler at the same position, with the same functions, for the grown optimizer."""
     lambdas = [copy.deepcopy(scheduler.lr_lambdas[origin]) for origin in origins]
-    # building it takes the step from the position before
+    # its constructor takes one step, so it begins one position earlier
     grown = LambdaLR(optimizer, lambdas, last_epoch=scheduler.last_epoch - 1)
     grown._step_count = scheduler._step_count
     return grown
 
 
 def check_scheduler(scheduler: LambdaLR, optimizer: AdamW | None) -> None:
-    """InvalidInput for another scheduler than LambdaLR, and for one that drives another optimizer."""
+    """InvalidInput for a scheduler other than LambdaLR, and for one that drives another optimizer."""
     if type(scheduler) is not LambdaLR:
         raise InvalidInput(
             f"growth knows torch's LambdaLR, found {type(scheduler).__name__}; write the schedule as a function of the "
-            "step, or hand over no scheduler and make a new one"
+            "step, or grow without it and make a new one"
         )
     if plain_optimizer(scheduler.optimizer) is not optimizer:
         raise InvalidInput("the scheduler drives another optimizer than the one given")
 
 
-def _grow_state(state: dict[str, Tensor], name: str, width: int, moments: str, zero: bool) -> dict[str, Tensor]:
+def _grow_moments(state: dict[str, Tensor], name: str, width: int, moments: str, zero: bool) -> dict[str, Tensor]:
     role, grown = role_of(name), {}
     for key, value in state.items():
         if key == "step":
@@ -146,7 +153,7 @@ def _grow_state(state: dict[str, Tensor], name: str, width: int, moments: str, z
 
 
 def _split(settings: dict, names: list[str], width: int) -> Iterable[tuple[list[str], dict]]:
-    """Parts of one group, each with the settings that the width rule changes; the whole group where it changes none."""
+    """The parts of one group, each with the settings that the width rule changes; one part where it changes none."""
     if width == 1:
         yield names, {}
         return

@@ -1,8 +1,9 @@
 """Growth in width by a whole factor k: k copies of the model side by side, without cross-talk (Shen et al. 2022).
 
-The residual stream x becomes [x; ...; x]: mean and variance stay, so LayerNorm gives k equal copies; the number of
-heads grows and the head size does not; the final normalisation divided by k undoes the k-fold inner product with the
-output head. The loss is the same up to rounding, in eval mode (with dropout the copies draw masks of their own).
+The residual stream x becomes [x; ...; x]. Its mean and variance stay, so LayerNorm gives k equal copies. Attention gets
+k times as many heads of the same size: the query, key and value parts of c_attn each become block-diagonal, so every
+head of a copy sees that copy alone. The final normalisation is divided by k, since the inner product with the output
+head is k times as large. The loss is the same up to rounding in eval mode (with dropout each copy draws its own mask).
 
     tensor                       grown value             gradient of the grown tensor, from the small one's g
     EMBEDDING (rows, d)          [E ... E]               g / k in every copy
@@ -11,9 +12,9 @@ output head. The loss is the same up to rounding, in eval mode (with dropout the
                                  diagonal
     FINAL_NORM (d,)              repeated, over k        g in every copy
 
-Exchanging the copies is a symmetry of the grown weights and of their gradients: without dropout, training would never
-leave it, and the grown model would stay the small one. `add_noise_` breaks it without touching the loss.
-Source: the authors' arithmetic for k = 2, extended to any k.
+Equal copies get equal gradients: without dropout, training would keep them equal, and the grown model could compute no
+more than the small one. `add_noise_` breaks this symmetry without changing the loss. Source: the released code for
+k = 2; other k are derived here in the same way.
 """
 
 import torch
@@ -56,21 +57,21 @@ def widen(tensor: Tensor, role: Role, factor: int, *, divisor: int = 1, cross: b
 
 
 def value_divisor(role: Role, factor: int) -> int:
-    """What a parameter is divided by: `factor` for the final normalisation, 1 for everything else."""
+    """The divisor of a grown parameter: `factor` for the final normalisation, 1 for everything else."""
     return factor if role.kind is Kind.FINAL_NORM else 1
 
 
 def gradient_divisor(role: Role, factor: int) -> int:
-    """What a gradient is divided by: 1 for the final normalisation, `factor` for everything else."""
+    """The divisor of a grown gradient: 1 for the final normalisation, `factor` for everything else."""
     return 1 if role.kind is Kind.FINAL_NORM else factor
 
 
 def add_noise_(wide: Tensor, role: Role, factor: int, scale: float, generator: torch.Generator) -> None:
     """Add symmetry-breaking noise to a grown matrix, in place; other tensors stay as they are.
 
-    One normal draw for each of the `factor` input copies, `scale` times the standard deviation of the grown matrix,
-    such that the draws sum to zero over the input copies: on repeated inputs they cancel, so the output is the same up
-    to rounding. (Noise on an embedding or a vector would change the residual stream, hence the loss.)
+    Normal noise, `scale` times the standard deviation of the grown matrix, that sums to zero over the `factor` copies
+    of an input: on equal copies it cancels, so the output is the same up to rounding. Noise on an embedding or a vector
+    would change the residual stream, hence the loss.
     """
     if role.kind is not Kind.MATRIX or factor == 1 or scale == 0:
         return
@@ -79,6 +80,6 @@ def add_noise_(wide: Tensor, role: Role, factor: int, scale: float, generator: t
     draws = torch.empty((factor, rows // factor, columns), dtype=exact, device=wide.device)
     draws.normal_(generator=generator)
     draws -= draws.mean(0, keepdim=True)
-    # taking the mean away leaves a variance of 1 - 1/k
+    # without their mean the draws have a variance of 1 - 1/k
     draws *= scale * wide.std(correction=0).to(exact) * (factor / (factor - 1)) ** 0.5
     wide += draws.view(rows, columns)

@@ -1,10 +1,11 @@
 """Training compute in both conventions, and what growing saves of it at equal validation loss.
 
-- "non-embedding": 6 N a token, N = 12 L d^2, as Shen et al. 2022 and Kaplan et al. 2020 count. Leaves out the LM head,
-  the part of attention that grows with the context, LayerNorm, evaluation and growth itself.
-- "full": 6 (N + V d) + 12 L T d a token, with the LM head (V: vocabulary) and attention over a context of T tokens.
+- "non-embedding": 6 N per token with N = 12 L d^2, as in Shen et al. 2022 and Kaplan et al. 2020. It leaves out the LM
+  head, the part of attention that grows with the context, and LayerNorm.
+- "full": 6 (N + V d) + 12 L T d per token, with the LM head (V: vocabulary) and attention over a context of T tokens.
 
-At paper sizes they nearly agree, in a toy model with a large vocabulary not at all: report both.
+Evaluation and growth count in neither. At paper sizes the two nearly agree, in a toy model with a large vocabulary they
+differ widely: report both.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ CONVENTIONS = ("non-embedding", "full")
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs depend on: layers L, width d, vocabulary V, and the FFN's inner width (None: 4 d)."""
+    """The sizes that FLOPs depend on: layers L, width d, vocabulary V, and the FFN's inner width (None: 4 d)."""
 
     layers: int
     width: int
@@ -60,15 +61,15 @@ def training_flops(shape: Shape, tokens: float, context: int, convention: str = 
 
 
 def staged_flops(stages: Iterable[tuple[Shape, float]], context: int, convention: str = "non-embedding") -> float:
-    """FLOPs of a whole staged run, the small model's part included. stages: (shape, tokens trained at that shape)."""
+    """FLOPs of a staged run, the small model included. stages: (shape, tokens trained on at that shape)."""
     return sum(training_flops(shape, tokens, context, convention) for shape, tokens in stages)
 
 
 def compute_saving(scratch: Curve, staged: Curve, loss: float | None = None) -> float:
-    """Share of compute saved at equal validation loss: 1 - C_staged(L) / C_scratch(L); negative where it costs more.
+    """Share of compute saved at equal validation loss: 1 - C_staged(L) / C_scratch(L); negative if growing costs more.
 
-    Both curves are over accumulated FLOPs of the same convention, the staged one from the small model's first step. L
-    is `loss`, or the lowest that both reach. Raises InvalidInput where a curve never has that loss.
+    Both curves are over accumulated FLOPs of the same convention; the staged one begins at the small model's first
+    step. L is `loss`, or the lowest that both reach. Raises InvalidInput where a curve never has that loss.
     """
     if loss is None:
         loss = max(float(curve.losses.min()) for curve in (scratch, staged))

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from effnn.base import InvalidInput
 
 REWARM_STEPS = {"depth": 150, "width": 200}
-"""Steps of re-warming after growth in the authors' code."""
+"""Steps of the re-warm after growth in the authors' code."""
 
 
 def peak_learning_rate(parameters: float, base: float = 10) -> float:
     """Peak rate for N non-embedding parameters at 512 x 1024 tokens a batch: 0.003239 - 0.0001395 log(N).
 
     base 10 gives the rates in the authors' code (2.007e-3 for GPT2-large). They credit Kaplan et al. 2020, appendix
-    D.6, where the logarithm is most likely natural (base=math.e: 4.0e-4). Raises InvalidInput for an N below 1, or so
-    large that the rate is not above 0.
+    D.6, where the logarithm is most likely natural (base=math.e: 4.0e-4). Raises InvalidInput for an N below 1, and for
+    one so large that the rate would not be above 0.
     """
     if not parameters >= 1 or not base > 1:
         raise InvalidInput(f"expected N of 1 or more and a logarithm's base above 1; got {parameters} and {base}")
     rate = 0.003239 - 0.0001395 * math.log(parameters) / math.log(base)
     if rate <= 0:
-        raise InvalidInput(f"the formula gives {rate:.2g} for N = {parameters:g}; it was not made for that size")
+        raise InvalidInput(f"the formula gives {rate:.2g} for N = {parameters:g}; it does not hold for that size")
     return rate
 
 
@@ -34,9 +34,12 @@ def peak_learning_rate(parameters: float, base: float = 10) -> float:
 class WarmupStableDecay:
     """Factor at a step: linear from 0 over `warmup`, 1 on the plateau, linear to `final` over the last `decay` steps.
 
-    horizon: the step at which the decay ends, in steps of the target model. decay: its length in steps; None decays
-    from the warm-up on, as the authors do (warm-up 3000, horizon 250,000); 0 stays on the plateau. For loss curves that
-    can be compared across stages, run all stages on the plateau and give only the last one a decay.
+    warmup: steps.
+    horizon: the step at which the decay ends, in steps of the target model.
+    decay: steps; None decays from the warm-up on, as the authors do (warm-up 3000, horizon 250,000); 0 stays on the
+    plateau. For loss curves that can be compared across stages, run all stages on the plateau and let only the last one
+    decay.
+    final: factor at the end of the decay.
     """
 
     warmup: int
@@ -63,7 +66,7 @@ class WarmupStableDecay:
 
 @dataclass(frozen=True)
 class Rewarmed:
-    """`schedule` of a model grown at step `entry`: linear from 0 to its value at entry + steps, then as it is.
+    """`schedule` with a re-warm at step `entry`: linear from 0 to its value at entry + steps, then unchanged.
 
     entry: S_target, in steps of the target model. steps: R, `REWARM_STEPS` of the growth operator.
     """

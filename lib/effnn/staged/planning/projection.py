@@ -4,16 +4,18 @@
 2. Grow it. It continues as a target model of S_target = S_pre / rho steps, which has the same loss.
 3. Stop at S_opt, where the target's slope passes another threshold.
 
-Against scratch this saves (N S_target - n S_pre) of N S_opt, n and N being the parameters. `authors_projection` and
-`project` read that off two curves trained from scratch, so both assume that growth keeps loss and dynamics;
-`best_projection` tries every S_pre. The batch size is the same throughout. Paths of several growths: paths.py.
+Compared with training from scratch this saves (N S_target - n S_pre) of N S_opt, where n and N are the parameters of
+the small model and of the target. `authors_projection` and `project` read that off two curves of models from scratch,
+so both assume that growth keeps loss and dynamics; `best_projection` tries every S_pre. The batch size is the same
+throughout. For several growths see growth_plans.py.
 """
 
 import math
 from dataclasses import dataclass
 
 from effnn.base import InvalidInput
-from effnn.staged.planning.curves import KAPLAN, Curve
+from effnn.staged.planning.curves import Curve
+from effnn.staged.planning.loss_law import KAPLAN
 from effnn.staged.planning.slope import TAU_OPT, authors_crossing, without_spikes
 
 RHOS = {"depth": 1.412, "width": 1.776, "depth+width": 2.455}
@@ -21,10 +23,10 @@ RHOS = {"depth": 1.412, "width": 1.776, "depth+width": 2.455}
 
 
 def growth_rho(size_ratio: float, b: float = KAPLAN.b) -> float:
-    """S_pre / S_target at the cheapest growth point: r^(1 / (1 + b)), where both models gain the same from a FLOP.
+    """S_pre / S_target at the cheapest growth point, where both models gain the same from a FLOP: r^(1 / (1 + b)).
 
-    Follows from L = (Nc/N)^a + (K/S)^b for every N and loss: 1.48, 2.20, 3.26 for r = 2, 4, 8. Raises InvalidInput for
-    size_ratio <= 1.
+    Under L = (Nc/N)^a + (K/S)^b this holds for every N and loss: 1.48, 2.20, 3.26 for r = 2, 4, 8. Raises InvalidInput
+    for size_ratio <= 1.
     """
     if not size_ratio > 1:
         raise InvalidInput(f"growing needs a size ratio above 1, got {size_ratio}; depth x2 is 2, width x2 is 4")
@@ -32,7 +34,7 @@ def growth_rho(size_ratio: float, b: float = KAPLAN.b) -> float:
 
 
 def target_step(pre: float, rho: float) -> float:
-    """S_target, where a model grown after `pre` steps stands in the target's schedule. InvalidInput for rho <= 1."""
+    """S_target, the position of a model grown after `pre` steps in the target's schedule. InvalidInput for rho <= 1."""
     if not rho > 1 or not pre > 0:
         raise InvalidInput(
             f"expected S_pre > 0 and rho > 1, got {pre} and {rho}: a larger model needs fewer steps to the same loss"
@@ -42,7 +44,14 @@ def target_step(pre: float, rho: float) -> float:
 
 @dataclass(frozen=True)
 class Projection:
-    """Growing `size_ratio`-fold in parameters at step `pre` (S_pre). target: S_target; opt: S_opt; loss: at growth."""
+    """The projection of one growth.
+
+    size_ratio: parameters of the target over those of the small model.
+    pre: S_pre, steps of the small model before growth.
+    target: S_target, the step at which the target from scratch has the same loss.
+    opt: S_opt, the step of the target at which training stops.
+    loss: at growth, nats per token.
+    """
 
     size_ratio: float
     pre: float
@@ -64,10 +73,14 @@ class Projection:
 def authors_projection(
     small: Curve, target: Curve, size_ratio: float, tau_growth: float, tau_opt: float = TAU_OPT
 ) -> Projection:
-    """The authors' own rule on two curves over steps: their slope estimator, S_target the evaluation nearest in loss.
+    """The authors' rule on two curves over steps: their slope estimator; S_target is the evaluation nearest in loss.
 
-    Needs their logs in full, an evaluation every 50 steps: see slope.py for why it is another rule on a
-    thinned curve. Raises InvalidInput where a threshold is never reached.
+    small, target: curves over steps with an evaluation every 50 steps; on thinned curves the rule gives other results
+    (slope.py).
+    size_ratio: parameters of the target over those of the small model.
+    tau_growth, tau_opt: thresholds of the slope for growing and for stopping.
+
+    Raises InvalidInput where a threshold is never reached.
     """
     _check_ratio(size_ratio)
     grow = authors_crossing(small.x, small.losses, tau_growth)
@@ -79,11 +92,14 @@ def authors_projection(
 
 
 def project(small: Curve, target: Curve, size_ratio: float, pre: float, opt: float) -> Projection:
-    """Projection for a growth point S_pre and an end S_opt that are given; S_target is interpolated.
+    """The projection for given S_pre and S_opt; S_target is interpolated.
 
-    small, target: curves over steps. On the authors' curves thinned to 50 or 70 evaluations S_target is right to 50
-    steps, rho to 1.2 percent and the saving to 0.7 points. Raises InvalidInput for steps outside the curves, and where
-    the target never has the small model's loss.
+    small, target: curves over steps. With the authors' curves thinned to 50 or 70 evaluations S_target is off by at
+    most 50 steps, rho by 1.2 percent and the saving by 0.7 percentage points.
+    size_ratio: parameters of the target over those of the small model.
+    pre, opt: S_pre and S_opt.
+
+    Raises InvalidInput for steps outside the curves, and if the target never has the small model's loss.
     """
     _check_ratio(size_ratio)
     target.loss_at(opt)
@@ -93,7 +109,7 @@ def project(small: Curve, target: Curve, size_ratio: float, pre: float, opt: flo
 
 @dataclass(frozen=True)
 class BestProjection:
-    """The best growth point, and the first and last that are within `margin` (a share, 0.01: one point) of it."""
+    """The best growth point, and the first and last S_pre whose saving is within `margin` (0.01: one point) of it."""
 
     best: Projection
     first: float
@@ -104,9 +120,13 @@ class BestProjection:
 def best_projection(
     small: Curve, target: Curve, size_ratio: float, opt: float, step: float = 50, margin: float = 0.01
 ) -> BestProjection:
-    """Try S_pre every `step` steps wherever the target has the small model's loss before S_opt; see `BestProjection`.
+    """The best S_pre, tried every `step` steps wherever the target has the small model's loss before S_opt.
 
-    Raises InvalidInput where there is no such S_pre.
+    small, target, size_ratio, opt: as in `project`.
+    step: between the S_pre that are tried.
+    margin: of `BestProjection`.
+
+    Raises InvalidInput if the target never has a loss of the small model before S_opt.
     """
     _check_ratio(size_ratio)
     first, last = float(small.x[0]), float(small.x[-1])

@@ -1,14 +1,14 @@
 """When to grow and when to stop: the slope d log(loss) / d log(compute) of a validation curve (Shen et al. 2022).
 
 The rule: leave a stage at the first evaluation after the steepest point at which the slope is above a threshold tau.
-Two estimators of the slope are here, and a threshold belongs to the one that it was found with:
+There are two estimators of the slope, and each has thresholds of its own:
 
-- `local_slope`, a straight line through all evaluations in a window, for which noise averages out. Its thresholds
-  follow from the loss law alone: `growth_tau` and `stopping_tau`.
-- the authors' differences of a 5-point mean (`authors_crossing`), kept to reproduce their numbers. On a curve with 50
-  steps between evaluations its noise is as large as tau, so it fires at the first high noise, about where the true
-  slope is -0.08. Their thresholds `TAUS` with `local_slope` come far too late; on thinned curves, whose differences are
-  not noisy, so does their estimator.
+- `local_slope` fits a straight line to all evaluations in a window, which averages the noise. Its thresholds
+  `growth_tau` and `stopping_tau` follow from the loss law alone.
+- `authors_crossing` takes differences of a 5-point mean, to reproduce the authors' numbers. On a curve with 50 steps
+  between evaluations its noise is as large as tau, so noise makes it cross early, where the true slope is about -0.08.
+  On thinned curves, whose differences have little noise, it crosses far too late, and so does `local_slope` with the
+  authors' thresholds `TAUS`.
 
 At a constant batch compute is proportional to steps, so a curve over steps has the same slopes.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.staged.planning.curves import KAPLAN, checked_curve
+from effnn.staged.planning.curves import checked_curve
+from effnn.staged.planning.loss_law import KAPLAN
 
 TAUS = {"depth": -0.0575, "width": -0.0475, "depth+width": -0.03}
 """The authors' thresholds for growing twofold (in depth, in width, in both), for `authors_crossing`."""
 TAU_OPT = -0.052
-"""The authors' threshold for stopping: what `stopping_tau` is when compute is counted at the critical batch, which
-grows as the loss falls: s / (1 - s / 0.21) for s = -0.069 (Kaplan et al. 2020, alpha_B = 0.21)."""
+"""The authors' threshold for stopping. It is `stopping_tau` with compute counted at the critical batch, which grows as
+the loss falls: s / (1 - s / 0.21) for s = -0.069 (Kaplan et al. 2020, alpha_B = 0.21)."""
 WINDOW = 0.2
 """Decades of compute that `local_slope` fits over; it must be 0.1 or more."""
 HITS = 3
@@ -37,9 +38,10 @@ Values = Sequence[float] | Tensor
 def growth_tau(size_ratio: float, a: float = KAPLAN.a, b: float = KAPLAN.b) -> float:
     """Slope of the small model where growing `size_ratio`-fold in parameters costs the least, at a constant batch.
 
-    From equal marginal return at equal loss under L = (Nc/N)^a + (K/S)^b; N, Nc and K cancel:
-    -b q / (1 + q) with q = (1 - r^-a) / (rho^b - 1) and rho = r^(1 / (1 + b)). With Kaplan's exponents -0.097, -0.083
-    and -0.069 for r = 2 (depth), 4 (width), 8 (both). Raises InvalidInput for size_ratio <= 1.
+    There both models gain the same from a FLOP at equal loss. Under L = (Nc/N)^a + (K/S)^b the constants N, Nc and K
+    cancel: tau = -b q / (1 + q) with q = (1 - r^-a) / (rho^b - 1) and rho = r^(1 / (1 + b)). With Kaplan's exponents
+    this is -0.097, -0.083 and -0.069 for r = 2 (depth), 4 (width) and 8 (both). Raises InvalidInput for
+    size_ratio <= 1.
     """
     if not size_ratio > 1:
         raise InvalidInput(f"growing needs a size ratio above 1, got {size_ratio}; depth x2 is 2, width x2 is 4")
@@ -55,9 +57,10 @@ def stopping_tau(a: float = KAPLAN.a, b: float = KAPLAN.b) -> float:
 def local_slope(compute: Values, losses: Values, window: float = WINDOW, points: int = 5) -> Tensor:
     """Slope of log(loss) against log(compute) at every evaluation, (n,) float64.
 
-    Each is a least-squares line over the evaluations i - j .. i + j, with j the smallest that gives at least `points`
-    of them and `window` decades; NaN where the curve ends before that. While a run goes on, the last slope known thus
-    lags half a window behind. Raises InvalidInput for a curve shorter than `points`, or not increasing in compute.
+    The slope at evaluation i is that of a least-squares line over the evaluations i - j to i + j. j is the smallest
+    that covers at least `points` evaluations and `window` decades; near the ends of the curve there is no such j, and
+    the slope is NaN. During a run the last known slope is therefore half a window old. Raises InvalidInput for a curve
+    shorter than `points`, or not increasing in compute.
     """
     if not window >= 0.1 or points < 3:
         raise InvalidInput(f"expected a window of 0.1 decades or more over 3 or more points; got {window}, {points}")
@@ -81,9 +84,15 @@ def find_crossing(
 ) -> int | None:
     """Index of the first evaluation after the steepest at which the slope has been above tau `hits` times in a row.
 
-    None where there is none yet: call it after each evaluation to decide during training. Spikes (`without_spikes`)
-    are left out before. Raises InvalidInput for a tau that is not below 0, and for a curve that does not increase in
-    compute.
+    None if there is none yet: call it after each evaluation to decide during training. Spikes are left out first
+    (`without_spikes`).
+
+    compute, losses: the curve.
+    tau: threshold of the slope, below 0.
+    window, points: of `local_slope`.
+    hits: evaluations in a row that must be above tau.
+
+    Raises InvalidInput for a tau that is not below 0, and for a curve that does not increase in compute.
     """
     kept, slope = _cleaned_slope(compute, losses, tau, window, hits, points)
     return _first_run(kept, slope, tau, hits)
@@ -92,7 +101,7 @@ def find_crossing(
 def crossing(
     compute: Values, losses: Values, tau: float, window: float = WINDOW, hits: int = HITS, points: int = 5
 ) -> int:
-    """`find_crossing`, but a curve that never gets there raises InvalidInput with the slopes that it has."""
+    """As `find_crossing`, but InvalidInput, with the slopes of the curve, where there is no crossing."""
     kept, slope = _cleaned_slope(compute, losses, tau, window, hits, points)
     index = _first_run(kept, slope, tau, hits)
     if index is None:
@@ -126,9 +135,9 @@ def _first_run(kept: list[int], slope: Tensor, tau: float, hits: int) -> int | N
 def authors_crossing(compute: Values, losses: Values, tau: float) -> int:
     """Index of the authors' growth point, with their own estimator (their notebook remove_oracle).
 
-    Evaluations more than 1 % above the last one kept are dropped; log10(loss) gets a 5-point mean, its ends mirrored;
-    then differences, and the first one above tau from the smallest on. Unlike theirs, a tau that is never reached
-    raises InvalidInput instead of giving the last evaluation.
+    Evaluations more than 1 % above the last one kept are dropped. log10(loss) is smoothed by a 5-point mean, with
+    mirrored ends, and differenced; the crossing is the first difference above tau after the smallest one. Unlike
+    theirs, a tau that is never reached raises InvalidInput instead of giving the last evaluation.
     """
     _check_tau(tau)
     compute, losses = checked_curve(compute, losses, least=6)

@@ -1,8 +1,8 @@
-"""Batches of a staged run: windows of a token array, a function of the seed and the step alone.
+"""Batches of a staged run: windows of a token array, chosen by the seed and the step alone.
 
-Nothing about the data needs saving: whoever knows the step knows the batch, so that a run goes on anywhere, and a
-branch reads what its sibling reads. The array may be memory-mapped; only the windows of a batch are read. Documents
-are not kept apart and nothing is padded.
+So a checkpoint needs nothing about the data, and two runs that branch off from one state read the same batches. The
+array may be memory-mapped; only the windows of a batch are read. A window may cross the border of two documents, and
+nothing is padded.
 """
 
 import hashlib
@@ -17,10 +17,16 @@ from effnn.staged.training.token_arrays import Tokens, checked_tokens
 class Batches:
     """The training batches: `batches(step)` gives token ids (batch_size, context + 1), int64, on the CPU.
 
-    tokens: 1-D, integers of any kind (token_arrays.py). The windows of an epoch do not overlap in the `context` tokens
-    that are predicted; every epoch has its own offset and order. Position i of a window predicts position i + 1, hence
-    the one token more.
-    Raises InvalidInput for an array of another kind, one shorter than a window, and, when a batch is read, for a token
+    Every epoch has its own offset and order; its windows do not overlap in the `context` tokens that are predicted.
+    Position i of a window predicts position i + 1, so a window has one token more than the context.
+
+    tokens: 1-D, integers of any kind (token_arrays.py).
+    batch_size: windows per batch.
+    context: tokens predicted per window.
+    vocabulary: number of token ids.
+    seed: of offsets and order.
+
+    Raises InvalidInput for an array of another kind or shorter than a window and, when a batch is read, for a token
     outside the vocabulary.
     """
 
@@ -53,9 +59,8 @@ class Batches:
 def validation_windows(tokens: object, sequences: int, context: int, vocabulary: int) -> Tensor:
     """`sequences` windows spread evenly over the array, token ids (sequences, context + 1), int64.
 
-    Always the same ones; where there are just as many as asked for, all of them. A corpus is often in the order of its
-    sources, so its first windows would speak for one of them alone. Raises InvalidInput for fewer windows than that,
-    and as `Batches` does.
+    Always the same windows. A corpus is often in the order of its sources, so its first windows would stand for one
+    source alone. Raises InvalidInput for fewer windows than asked for, and as `Batches` does.
     """
     tokens = checked_tokens(tokens, context, "validation")
     if (found := (len(tokens) - 1) // context) < sequences:
@@ -74,11 +79,11 @@ def read_windows(tokens: Tokens, starts: Tensor, context: int, vocabulary: int) 
         wrong = int(highest) if highest >= vocabulary else int(lowest)
         raise InvalidInput(
             f"the tokens hold the id {wrong}, the model's vocabulary goes from 0 to {vocabulary - 1}: they were made "
-            "by another tokenizer, or the configuration's vocab_size is not its"
+            "by another tokenizer, or the configuration's vocab_size is too small"
         )
     return windows
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, so that (seed, epoch) and (seed, step, rank) do not meet each other."""
+    """One seed from several numbers, such that (seed, epoch) and (seed, step, rank) give different ones."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")

@@ -1,6 +1,6 @@
-"""How a run and each of its stages begin: a state of its own, growth, the peak rate, and the place in the schedule.
+"""How a run and each of its stages begin: a new training state, growth, the peak rate, the position in the schedule.
 
-What `start` may be: a configuration, a model, or a state that another run returned. It is copied, never changed.
+A run starts from a configuration, a model, or a state that another run returned. It is copied, never changed.
 """
 
 import copy
@@ -15,18 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from effnn.base import InvalidInput
 from effnn.staged.growth.depth import Layout, check_depth
 from effnn.staged.growth.grow import grow
+from effnn.staged.growth.module_settings import skeleton
 from effnn.staged.growth.optimizer import names_by_group
-from effnn.staged.growth.roles import check_model, way_out
-from effnn.staged.growth.settings import skeleton
-from effnn.staged.growth.unwrap import plain_model, plain_optimizer
+from effnn.staged.growth.unwrap import check_model, plain_model, plain_optimizer, way_out
 from effnn.staged.planning.learning_rate import Rewarmed
 from effnn.staged.training.state import Recipe, Stage, TrainState
 
-_GROWTH = ("width", "depth", "order", "init", "noise", "moments", "new_moments", "adam_width_rule")
-
 
 def plain_start(start: object) -> object:
-    """What a run starts from without wrappers (unwrap.py): a model, or a new TrainState around the plain objects."""
+    """The start of a run without wrappers (unwrap.py): a configuration, a model, or a new TrainState around them."""
     if isinstance(start, TrainState):
         return replace(start, model=plain_model(start.model), optimizer=plain_optimizer(start.optimizer))
     return plain_model(start)
@@ -42,9 +39,9 @@ def checked_stages(
 ) -> tuple[Stage, ...]:
     """The stages, checked before any work is done.
 
-    InvalidInput for no stages, a start of another kind, a model with several types of weights or none to train, a first
-    stage that grows a new model, growth that this architecture does not allow, and a state whose AdamW has other
-    settings.
+    InvalidInput for no stages, a start of another kind, a model whose weights are of several types or all frozen, a
+    first stage that grows a new model, growth that the architecture does not allow, and a state whose AdamW has other
+    settings than the recipe.
     """
     stages = tuple(stages)
     if not stages or not all(isinstance(stage, Stage) for stage in stages):
@@ -66,11 +63,11 @@ def checked_stages(
         found = f"{type(start).__name__}{way_out(start)}"
         raise InvalidInput(f"expected a GPT2Config, GPT2LMHeadModel or TrainState, found {found}")
     for stage in stages:
-        check_depth(model, stage.depth, stage.order, stage.init)
+        check_depth(model, stage.depth, stage.init)
     if isinstance(start, TrainState):
         names_by_group(model, start.optimizer)
         for name in ("betas", "eps", "weight_decay"):
-            # of its groups, or what they had before they got values of their own
+            # the settings of its groups, or the defaults that some groups replaced
             found = [_comparable(held[name]) for held in (*start.optimizer.param_groups, start.optimizer.defaults)]
             if (wanted := getattr(recipe, name)) not in found:
                 kept = " and ".join(str(value) for value in dict.fromkeys(found[:-1]))
@@ -83,7 +80,7 @@ def _comparable(value: object) -> object:
 
 
 def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, device: torch.device) -> TrainState:
-    """A state to train: a copy of the one given, or a new one. Draws from torch's global generator for a new model."""
+    """A state to train: a copy of the one given, or a new one, whose weights come from torch's global generator."""
     if isinstance(start, TrainState):
         copied = grow(start.model, start.optimizer)  # by factors of 1
         state = copy.copy(start)
@@ -112,7 +109,7 @@ def begin(start: GPT2Config | GPT2LMHeadModel | TrainState, recipe: Recipe, devi
 
 
 def origin_of(layers: int, stages: Sequence[Stage]) -> Callable[[str], str]:
-    """Name of a module after these stages -> the one that it comes from in a model of `layers` layers before them."""
+    """Name of a module after these stages -> name of its origin in the model of `layers` layers before them."""
     layouts = []
     for stage in stages:
         layouts.append(Layout.of(layers, stage.depth, stage.order))
@@ -127,11 +124,10 @@ def origin_of(layers: int, stages: Sequence[Stage]) -> Callable[[str], str]:
 
 
 def enter(state: TrainState, stage: Stage, recipe: Recipe, batch: Tensor) -> None:
-    """Begin a stage, in place. batch: token ids (rows, context) on which growth measures the loss for its record."""
+    """Begin a stage, in place. batch: token ids (rows, context), on which growth measures the loss for its record."""
     state.stage, state.stage_step = state.stage + 1, 0
     if stage.grows:
-        options = {name: getattr(stage, name) for name in _GROWTH}
-        grown = grow(state.model, state.optimizer, seed=recipe.seed + state.stage, batch=batch, **options)
+        grown = grow(state.model, state.optimizer, seed=recipe.seed + state.stage, batch=batch, **stage.growth)
         state.model, state.optimizer = grown.model, grown.optimizer
     if stage.learning_rate is not None:
         for group in state.optimizer.param_groups:

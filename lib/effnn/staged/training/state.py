@@ -1,4 +1,4 @@
-"""What the trainer is given and what it returns: stages, the recipe, points of the curve, and the training state.
+"""What `train` takes and returns: stages, the recipe, points of the curve, and the training state.
 
 Everything here is plain data; train.py does the work. The training state is what growth carries over (Shen et al.
 2022): the model, its AdamW, and the position in the learning-rate schedule, with the compute spent so far.
@@ -14,10 +14,8 @@ from torch.optim import AdamW
 from transformers import GPT2LMHeadModel
 
 from effnn.base import LEAST, InvalidInput
-from effnn.staged.growth.depth import INITS, ORDERS
-from effnn.staged.growth.optimizer import MOMENTS, NEW_MOMENTS, WIDTH_RULES
-from effnn.staged.growth.record import GrowthRecord, history
-from effnn.staged.growth.sizes import check_factor
+from effnn.staged.growth.config import GrowthRecord, history
+from effnn.staged.growth.grow import check_options
 from effnn.staged.planning.curves import Curve
 
 PRECISIONS = ("float32", "bfloat16")
@@ -30,12 +28,14 @@ class Diverged(InvalidInput):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: grow by these factors, then train `steps` optimizer steps; 0 steps only grow.
+    """One stage: grow by these factors, then train. Raises InvalidInput for values out of range.
 
-    learning_rate: peak rate from this stage on; None keeps the one before. Groups that the width rule slowed down keep
-    their share of it. entry: S_target, the position in the schedule at which the stage enters; None goes on from the
-    current one. rewarm: steps of linear re-warm from there (`Rewarmed`); 0: none, one that still runs goes on unless
-    `entry` is given. The others are options of `grow`. Raises InvalidInput for values out of range.
+    steps: optimizer steps after growth; 0 only grows.
+    width, depth, order, init, noise, moments, new_moments, adam_width_rule: as in `grow`.
+    learning_rate: peak rate from this stage on; None keeps the one before. Ratios between parameter groups stay.
+    entry: the position in the schedule at which the stage begins (S_target); None goes on from the current one.
+    rewarm: steps of linear re-warm from there (`Rewarmed`). With 0 none begins, but one that has not ended goes on
+    unless `entry` is given.
     """
 
     steps: int
@@ -52,19 +52,16 @@ class Stage:
     adam_width_rule: str = "none"
 
     def __post_init__(self) -> None:
-        check_factor("width", self.width)
-        check_factor("depth", self.depth)
+        check_options(**self.growth)
         _check_whole(self, 0, "steps", "rewarm", *(["entry"] if self.entry is not None else []))
         if self.learning_rate is not None:
             _check_number(self, "learning_rate", 0, math.inf)
-        if self.noise is not None and not (isinstance(self.noise, Real) and 0 <= self.noise <= 1):
-            raise InvalidInput(f"noise={self.noise!r}: expected a number from 0 to 1, or None")
-        choices = {"order": ORDERS, "init": INITS, "moments": MOMENTS, "new_moments": NEW_MOMENTS}
-        for name, allowed in (choices | {"adam_width_rule": WIDTH_RULES}).items():
-            if getattr(self, name) not in allowed:
-                raise InvalidInput(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.new_moments == "copy" and self.init != "copy":
-            raise InvalidInput(f"new_moments='copy' goes with init='copy', not with {self.init!r}")
+
+    @property
+    def growth(self) -> dict[str, object]:
+        """The options of `grow`, by name."""
+        names = ("width", "depth", "order", "init", "noise", "moments", "new_moments", "adam_width_rule")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def grows(self) -> bool:
@@ -74,17 +71,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every stage is trained.
+    """How every stage is trained. Raises InvalidInput for values out of range.
 
-    batch_size: sequences a step, over all ranks. context: tokens of a sequence, all of which have a target.
-    learning_rate: peak of the first stage of a new run. schedule: position -> factor of the peak, for instance
-    WarmupStableDecay. betas, eps, weight_decay: of AdamW (defaults: the authors'), decoupled, for all parameters.
-    clip: largest gradient norm on the scale of the ungrown model (clipping.py); None does not clip. micro_batch:
-    sequences in one forward pass, gradients are accumulated over them; None takes a rank's part at once. precision:
-    "float32" computes in the model's own type, "bfloat16" under torch.autocast; weights, moments and loss keep theirs.
-    seed: of new weights, data order, dropout and noise. evaluate_every: steps. evaluate_sequences: windows of the
-    validation tokens, spread evenly and always the same. checkpoint_every: steps; None saves at the end of a stage
-    only. keep: how many checkpoints stay. Raises InvalidInput for values out of range.
+    batch_size: sequences per step, over all ranks.
+    context: tokens per sequence; the next token is predicted at each of them.
+    learning_rate: peak rate of the first stage of a new run.
+    schedule: position -> factor of the peak rate, for instance `WarmupStableDecay`.
+    betas, eps, weight_decay: of AdamW, for all parameters; the defaults are the authors'.
+    clip: largest gradient norm on the scale of the ungrown model (clipping.py); None does not clip.
+    micro_batch: sequences per forward pass, over which gradients are accumulated; None takes all of a rank at once.
+    precision: "float32" computes in the model's own type, "bfloat16" under torch.autocast; weights, moments and loss
+    keep their type.
+    seed: of new weights, data order, dropout and noise.
+    evaluate_every: steps between evaluations.
+    evaluate_sequences: windows of the validation tokens, spread evenly and always the same.
+    checkpoint_every: steps between checkpoints; None writes them at the end of each stage only.
+    keep: how many checkpoints stay in the folder.
     """
 
     batch_size: int
@@ -111,7 +113,7 @@ class Recipe:
             _check_number(self, name, 0, math.inf)
         if not (isinstance(self.weight_decay, Real) and 0 <= self.weight_decay < math.inf):
             raise InvalidInput(f"weight_decay={self.weight_decay!r}: expected a number of 0 or more")
-        object.__setattr__(self, "betas", tuple(self.betas))  # a list from JSON or YAML says the same
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON and YAML give a list
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InvalidInput(f"betas={self.betas!r}: expected two numbers of 0 or more and below 1")
         if not callable(self.schedule):
@@ -126,9 +128,15 @@ class Recipe:
 class Point:
     """One evaluation. Right after growth there is a second point with the same step, tokens and FLOPs.
 
-    stage: counts from 0 over the whole past. flops: non-embedding convention. seconds: of training alone. Losses in
-    nats a token; train_loss: mean over the steps since the evaluation before, None where there were none.
-    learning_rate: peak times the schedule's factor at this position. layers, width: of the model evaluated.
+    step: optimizer steps done.
+    stage: counts from 0 over the whole past of the model.
+    tokens: trained on so far.
+    flops, flops_full: of training so far, in the non-embedding and in the full convention (flops.py).
+    seconds: of training alone.
+    validation_loss: nats per token.
+    train_loss: mean over the steps since the evaluation before; None where there were none.
+    learning_rate: peak rate times the schedule's factor at this position.
+    layers, width: of the model evaluated.
     """
 
     step: int
@@ -148,11 +156,18 @@ class Point:
 class TrainState:
     """A model in training: what `train` returns, and what it goes on from.
 
-    model: in eval mode when returned. step: optimizer steps done in all. position: in the schedule. schedule: the one
-    in force, a running re-warm included, which `rewarm` (entry, steps) names. learning_rate: peak. stage, stage_step:
-    the stage that it is in, and the steps done there. tokens, flops (non-embedding), flops_full: spent so far. seconds:
-    of training; evaluation, growth and checkpoints are not in it. points: the curve. loss_sum, loss_count: training
-    losses since the last evaluation.
+    model: in eval mode when returned.
+    optimizer: its AdamW.
+    schedule: the one in force, with a re-warm that has not ended.
+    learning_rate: peak rate.
+    step: optimizer steps done in all.
+    position: in the schedule.
+    rewarm: (entry, steps) of the re-warm in `schedule`, None without one.
+    stage, stage_step: the current stage, and the steps done in it.
+    tokens, flops, flops_full: spent so far, as in `Point`.
+    seconds: of training; evaluation, growth and checkpoints are not counted.
+    points: the curve.
+    loss_sum, loss_count: of the training losses since the last evaluation.
     """
 
     model: GPT2LMHeadModel
@@ -178,11 +193,10 @@ class TrainState:
         return history(self.model.config)
 
     def curve(self, axis: str = "flops") -> Curve:
-        """The validation losses over one of `AXES`; without step 0 and without the second points right after growth.
+        """The validation losses over one of `AXES`, without step 0 and without the second points right after growth.
 
-        Seconds are what a clock gave: one that stood still between two evaluations counts as having gone on a little.
-
-        Raises InvalidInput for an unknown axis, and as `Curve` does for fewer than two points.
+        Measured seconds need not increase; where they do not, a tiny amount is added. Raises InvalidInput for an
+        unknown axis, and as `Curve` does for fewer than two points.
         """
         if axis not in AXES:
             raise InvalidInput(f"axis={axis!r}: expected one of {', '.join(AXES)}")

@@ -1,10 +1,9 @@
-"""One optimizer step of a staged run, and the validation loss: the inner loop, kept free of waiting for the device.
+"""One optimizer step of a staged run, and the validation loss. A step never waits for the device.
 
 The loss is the mean cross-entropy in at least float32. Gradients are accumulated over micro-batches and averaged over
 ranks (DistributedDataParallel). Rates are set as LambdaLR does: a group's own peak times the factor of the position.
 """
 
-from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,15 +12,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
-from effnn.base import InvalidInput
-from effnn.staged.growth.record import total_width
-from effnn.staged.growth.roles import Kind, role_of
-from effnn.staged.training.processes import Ranks
+from effnn.base import InvalidInput, evaluating
+from effnn.staged.training.clipping import Clip
+from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.state import Recipe, TrainState
 
 
 class Stepper:
-    """Takes steps on one model; made anew after growth. Raises InvalidInput where the batch cannot be divided."""
+    """Takes the steps of one stage; a grown model needs a new one. InvalidInput where the batch cannot be divided."""
 
     def __init__(self, state: TrainState, recipe: Recipe, ranks: Ranks) -> None:
         self.state, self.ranks, self.precision = state, ranks, recipe.precision
@@ -67,26 +65,6 @@ class Stepper:
         return nullcontext() if last or self.ranks.size == 1 else self.parallel.no_sync()
 
 
-class Clip:
-    """`clip_grad_norm_` of clipping.py with the names looked up once and the norms taken together.
-
-    trained: the parameters that are clipped and whose norm counts, those of the optimizer.
-    """
-
-    def __init__(self, model: GPT2LMHeadModel, max_norm: float, trained: Collection[Tensor]) -> None:
-        factor, self.max_norm = total_width(model.config), max_norm
-        weights = {Kind.MATRIX: 1.0, Kind.FINAL_NORM: factor**-0.5}
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p in trained]
-        self.parameters = [parameter for _, parameter in named]
-        values = [weights.get(role_of(name).kind, factor**0.5) for name, _ in named]
-        self.weights = torch.tensor(values, dtype=torch.float64).to(self.parameters[0])
-
-    def __call__(self) -> None:
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in self.parameters]))
-        norm = torch.linalg.vector_norm(norms * self.weights)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-
-
 def token_loss(model: torch.nn.Module, batch: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of token ids (rows, context + 1) in nats, all `context` positions; in at least float32."""
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1)
@@ -96,14 +74,12 @@ def token_loss(model: torch.nn.Module, batch: Tensor, reduction: str = "mean") -
 
 @torch.no_grad()
 def validation_loss(model: GPT2LMHeadModel, windows: Tensor, rows: int, precision: str, ranks: Ranks) -> float:
-    """Mean loss over `windows` (sequences, context + 1) in eval mode, `rows` at a time, shared out over the ranks."""
-    model.eval()
+    """Mean loss over `windows` (sequences, context + 1) in eval mode, `rows` at a time, divided among the ranks."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    with autocast(precision, ranks.device):
+    with evaluating(model), autocast(precision, ranks.device):
         for part in windows[ranks.rank :: ranks.size].split(rows):
             if len(part):
                 total += token_loss(model, part, "sum")
-    model.train()
     return ranks.sum([float(total)])[0] / windows[:, 1:].numel()
 
 

@@ -1,7 +1,7 @@
-"""Token arrays as people bring them, made readable without copying them: tensors, NumPy arrays, memory maps, lists.
+"""Token arrays of any kind, made readable without a copy: tensors, NumPy arrays, memory maps, lists.
 
-torch cannot map every array: not another byte order, negative strides or a field of a record. Such a one is read window
-by window, so that a file of any size will do.
+torch cannot share the memory of every array: not with another byte order, negative strides, or a field of a record.
+Such an array is read window by window, so its file may be of any size.
 """
 
 import warnings
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, first_line
 
 
 class ForeignArray:
-    """A NumPy array that torch cannot map, read like a tensor: `array[slice or index tensor]` gives a tensor."""
+    """A NumPy array whose memory torch cannot share: `array[slice or index tensor]` gives a new tensor."""
 
     def __init__(self, array: object) -> None:
         self.array = array
@@ -35,7 +35,7 @@ def checked_tokens(tokens: object, context: int, what: str) -> Tokens:
 
     tokens: a tensor, a NumPy array or memory map in any byte order and with any strides, anything that turns into an
     array (`__array__`), or a sequence of whole numbers. what: "training" or "validation", for the message. Raises
-    InvalidInput that says what was found and how to bring it into order.
+    InvalidInput that says what was found and how to convert it.
     """
     tokens = _as_array(tokens, what)
     if tokens.ndim != 1:
@@ -57,11 +57,11 @@ def _as_array(tokens: object, what: str) -> object:
         return tokens.__array__()
     if isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes | bytearray):
         try:
-            # one by one where it is no list: an array.array or a range
+            # list() for what torch.tensor would not take: an array.array or a range
             made = torch.tensor(list(tokens)) if len(tokens) else torch.empty(0, dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            found = f"a {type(tokens).__name__} that torch.tensor does not take ({str(error).splitlines()[0]})"
-            raise _refusal(what, f"{found}: join its parts to one list of whole numbers") from None
+            found = f"a {type(tokens).__name__} that torch.tensor does not take ({first_line(error)})"
+            raise _refusal(what, f"{found}: join its parts into one list of whole numbers") from None
         if made.is_floating_point() or made.is_complex():
             raise _refusal(what, f"a {type(tokens).__name__} with fractions: convert whole numbers by int()")
         return made

@@ -5,14 +5,14 @@
     longer = train(small, [Stage(400)], recipe, tokens, validation)               # both branch off from it
 
 A stage does, in this order:
-  1. grow model and AdamW (grow.py), set the peak rate, the position in the schedule and its re-warm;
-  2. evaluate, where it has grown: the loss right after growth is in the curve;
-  3. take steps; evaluate every so many, and at the end;
-  4. save a checkpoint (checkpoint.py), also every so many steps.
+  1. grow model and AdamW (grow.py); set the peak rate, the position in the schedule and its re-warm;
+  2. evaluate if it has grown: the loss right after growth is in the curve;
+  3. take steps; evaluate every `evaluate_every` of them, and at the end;
+  4. write a checkpoint (checkpoint.py), also every `checkpoint_every` steps.
 
-Batches and dropout are functions of the seed and the step, so a run that is killed goes on from its last checkpoint to
-the same bits. Under torchrun every rank calls `train` alike and takes its share of every batch. When to grow is not
-decided here: see slope.py and schedule.py.
+Batches and dropout depend on the seed and the step alone, so a run that is killed goes on from its last checkpoint to
+the same bits. Under torchrun every rank calls `train` with the same arguments and takes its share of every batch. When
+to grow is not decided here: see slope.py and projection.py.
 """
 
 import math
@@ -31,12 +31,12 @@ from effnn.staged.training.batches import Batches, mixed_seed, validation_window
 from effnn.staged.training.begin import begin, checked_stages, config_of, enter, plain_start
 from effnn.staged.training.checkpoints.checkpoint import Checkpoints
 from effnn.staged.training.checkpoints.fingerprint import fingerprint
-from effnn.staged.training.processes import Ranks
+from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.state import Diverged, Point, Recipe, Stage, TrainState
 from effnn.staged.training.step import Stepper, validation_loss
 
 LOOK_EVERY = 64
-"""Steps after which losses are fetched from the device at the latest; a loss that is not finite is found then."""
+"""At least every so many steps the losses are fetched from the device; a loss that is not finite is found then."""
 
 
 def train(
@@ -51,22 +51,25 @@ def train(
     progress: bool = True,
     stop: Callable[[Point], bool] | None = None,
 ) -> TrainState:
-    """The training state after `stages`; `start` is not changed, and the global random generators are not either.
+    """The training state after `stages`; `start` is not changed, nor are the global random generators.
 
     start: a configuration (weights drawn from recipe.seed; its first stage cannot grow), a model (with a new AdamW), or
-    a state, which goes on with its own AdamW and its own peak rate; in the wrappers of torch or accelerate too
-    (unwrap.py). Every module is put into train mode. One call with two stages is two calls with one.
-    train_tokens, validation_tokens: 1-D tensors or NumPy arrays of token ids, memory-mapped ones too (token_arrays.py).
-    folder: for checkpoints; the same call again goes on from the newest one, and only loads the result where the run
-    had finished. One process at a time may use it, and all ranks must see it. device: "cuda" is LOCAL_RANK's device
-    under torchrun. stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of what makes
-    a run the same run.
+    a state, which goes on with its own AdamW and its own peak rate; wrappers of torch or accelerate are opened
+    (unwrap.py). Every module is put into train mode.
+    stages: done one after the other; one call with two stages is two calls with one.
+    recipe: how every stage is trained.
+    train_tokens, validation_tokens: 1-D token ids: tensors, NumPy arrays, memory maps or lists (token_arrays.py).
+    folder: for checkpoints. The same call again goes on from the newest one, and only loads the result if the run had
+    finished. One process at a time may use it, and all ranks must see it.
+    device: "cuda" is the device of LOCAL_RANK under torchrun.
+    progress: whether rank 0 shows a bar.
+    stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of the run's fingerprint.
 
-    With dropout another number of ranks draws other masks; without it the curve is the same up to rounding.
+    With dropout another number of ranks draws other masks; without, the curve is the same up to rounding.
 
-    Raises InvalidInput for arguments that do not fit together, a folder of another run or in use by another process, a
-    damaged checkpoint and tokens outside the vocabulary, Diverged (an InvalidInput) for a loss that is not finite, and
-    CannotWrite where the disk takes no checkpoint: the message names the one that remains.
+    Raises InvalidInput for arguments that contradict each other, a folder of another run or in use by another process,
+    a damaged checkpoint and tokens outside the vocabulary, Diverged (an InvalidInput) for a loss that is not finite,
+    and CannotWrite if a checkpoint cannot be written: the message names the newest one.
     """
     ranks = Ranks.current(device)
     with _own_random_state(ranks.device):
@@ -75,7 +78,7 @@ def train(
 
 
 class _Run:
-    """One call of `train`: what stays the same through it, and the state that moves."""
+    """One call of `train`: its arguments, and the state that changes."""
 
     def __init__(self, start, stages, recipe, train_tokens, validation_tokens, folder, ranks, stop) -> None:
         self.stages, self.recipe, self.ranks, self.stop = checked_stages(start, stages, recipe), recipe, ranks, stop
@@ -90,15 +93,15 @@ class _Run:
         self.rows = recipe.micro_batch or max(recipe.batch_size // ranks.size, 1)
         self.start, self.checkpoints = start, None
         if folder is not None:
-            identity = ranks.first(lambda: fingerprint(start, self.stages, recipe, train_tokens, validation_tokens))
-            self.checkpoints = Checkpoints(Path(folder).expanduser(), identity, recipe, ranks, start, self.stages)
+            found = ranks.first(lambda: fingerprint(start, self.stages, recipe, train_tokens, validation_tokens))
+            self.checkpoints = Checkpoints(Path(folder).expanduser(), found, recipe, ranks, start, self.stages)
 
     def __call__(self, progress: bool) -> TrainState:
-        with self.checkpoints.opened() if self.checkpoints else nullcontext() as saved:
-            return self._go_on(saved, progress)
+        with self.checkpoints.opened() if self.checkpoints else nullcontext() as newest:
+            return self._go_on(newest, progress)
 
-    def _go_on(self, saved: tuple[TrainState, bool] | None, progress: bool) -> TrainState:
-        self.state, finished = saved or (begin(self.start, self.recipe, self.ranks.device), False)
+    def _go_on(self, newest: tuple[TrainState, bool] | None, progress: bool) -> TrainState:
+        self.state, finished = newest or (begin(self.start, self.recipe, self.ranks.device), False)
         first = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
         before = self.start.step if isinstance(self.start, TrainState) else 0
         total, done = sum(stage.steps for stage in self.stages), self.state.step - before
@@ -111,7 +114,7 @@ class _Run:
                     stopped = self._stage(stage, resumed=here)
                     last = stopped or number == first + len(self.stages) - 1
                     if stage.steps or last:
-                        self._save(finished=last)
+                        self._checkpoint(finished=last)
                     if stopped:
                         break
         self.state.optimizer.zero_grad()
@@ -119,7 +122,7 @@ class _Run:
         return self.state
 
     def _stage(self, stage: Stage, resumed: bool) -> bool:
-        """Do what is left of one stage; whether the stop rule ended it."""
+        """Do the rest of one stage; returns whether the stop rule ended it."""
         state, recipe = self.state, self.recipe
         if not resumed:
             enter(state, stage, recipe, self.windows[: self.rows, :-1])
@@ -130,7 +133,7 @@ class _Run:
         self.bar.set_description(f"stage {state.stage}: {shape.layers} x {shape.width}")
         if not resumed and (stage.grows or not state.points) and self._evaluate():
             return True
-        # no mask is drawn where there is no dropout, and then there is nothing to seed
+        # without dropout nothing is drawn, so nothing needs a seed
         dropout = any(module.p > 0 for module in state.model.modules() if isinstance(module, torch.nn.Dropout))
         losses, since = [], time.perf_counter()
         while state.stage_step < stage.steps:
@@ -146,14 +149,14 @@ class _Run:
             self.bar.update()
             end = state.stage_step == stage.steps
             evaluate = end or state.step % recipe.evaluate_every == 0
-            save = recipe.checkpoint_every is not None and state.step % recipe.checkpoint_every == 0
-            if evaluate or save or state.step % LOOK_EVERY == 0:
+            checkpoint = recipe.checkpoint_every is not None and state.step % recipe.checkpoint_every == 0
+            if evaluate or checkpoint or state.step % LOOK_EVERY == 0:
                 self._look(losses)
                 state.seconds += time.perf_counter() - since
                 if evaluate and self._evaluate():
                     return True
-                if save and not end:
-                    self._save(finished=False)
+                if checkpoint and not end:
+                    self._checkpoint(finished=False)
                 losses, since = [], time.perf_counter()
         return False
 
@@ -170,7 +173,7 @@ class _Run:
         self.bar.set_postfix(loss=f"{values[-1] / self.ranks.size:.3f}", refresh=False)
 
     def _evaluate(self) -> bool:
-        """Append a point to the curve; what the stop rule says about it."""
+        """Append a point to the curve; returns the answer of the stop rule to it."""
         state = self.state
         loss = validation_loss(state.model, self.windows, self.rows, self.recipe.precision, self.ranks)
         if not math.isfinite(loss):
@@ -192,12 +195,12 @@ class _Run:
         state.loss_sum, state.loss_count = 0.0, 0
         return self.stop is not None and self.ranks.first(lambda: bool(self.stop(point)))
 
-    def _save(self, finished: bool) -> None:
+    def _checkpoint(self, finished: bool) -> None:
         if self.checkpoints is None:
             return
         if not math.isfinite(_checksum(self.state.model)):
             raise self._diverged(f"a weight is not finite after step {self.state.step}")
-        self.checkpoints.save(self.state, finished)
+        self.checkpoints.write(self.state, finished)
 
     def _diverged(self, what: str) -> Diverged:
         left = "no folder for checkpoints was given" if self.checkpoints is None else self.checkpoints.describe()
@@ -205,7 +208,7 @@ class _Run:
 
 
 def _checksum(model: GPT2LMHeadModel) -> float:
-    """A number that differs between models that differ, as good as always."""
+    """A number that is almost surely another for another model; not finite if a weight is not."""
     with torch.no_grad():
         return float(torch.stack([p.double().sum() + p.double().square().sum() for p in model.parameters()]).sum())
 
@@ -219,7 +222,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def _own_random_state(device: torch.device) -> Iterator[None]:
-    """The global generators are put back afterwards, and the CUDA device of the run is the current one within."""
+    """In the block the CUDA device of the run is the current one; afterwards the global generators are as before."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device, torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
         yield

@@ -1,15 +1,15 @@
-"""A tiny setting of notebook 03."""
+"""A toy setting of notebook 03."""
 
 import numpy as np
 import pytest
 
 from effnn import paths
-from effnn.experiments.staged.lines import Setting
+from effnn.experiments.staged.runs import Setting
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Setting:
-    """A tiny setting on a text of its own, with a cache of its own."""
+    """A toy setting on a text of its own, with a cache of its own."""
     home = tmp_path_factory.mktemp("savings")
     words = "the loss of a grown model is that of the small one until the next step ".split()
     generator = np.random.default_rng(0)
@@ -18,6 +18,6 @@ def setting(tmp_path_factory) -> Setting:
     patch.setattr(paths, "CACHE", home / "cache")
     yield Setting(
         "text", str(home / "text.txt"), batch=4, context=16, head=8, warmup=3, rewarm=3, evaluated=16,
-        evaluate_every=10, on_the_way=16,
+        evaluate_every=10, evaluated_in_training=16,
     )  # fmt: skip
     patch.undo()

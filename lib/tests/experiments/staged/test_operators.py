@@ -11,26 +11,32 @@ from matplotlib.colors import to_hex
 
 from effnn import report, staged
 from effnn.base import InvalidInput
-from effnn.experiments.staged import figures, operators
-from effnn.experiments.staged import published_curves as schedule
-from effnn.experiments.staged.tiny import Tiny, batches, checked_tokens, held_out, synthetic_tokens, train_tiny
+from effnn.experiments.staged import figures, operators, published_curves
+from effnn.experiments.staged.toy_model import (
+    ToyModel,
+    batches,
+    checked_tokens,
+    held_out,
+    synthetic_tokens,
+    train_toy_model,
+)
 from effnn.report import published
 
-TINY = Tiny(width=16, heads=2, context=16, steps=60)
+TOY = ToyModel(width=16, heads=2, context=16, steps=60)
 
 
 @pytest.fixture(scope="module")
 def projections():
-    return schedule.projections()
+    return published_curves.projections()
 
 
 @pytest.fixture(scope="module")
 def differences():
-    return operators.loss_differences((0, 1), tiny=TINY)
+    return operators.loss_differences((0, 1), toy=TOY)
 
 
 def test_the_logs_give_the_authors_own_savings(projections):
-    stated = [schedule.published_projection(pair)["saving"] for pair in schedule.PAIRS]
+    stated = [published_curves.published_projection(pair)["saving"] for pair in published_curves.PAIRS]
     assert projections.authors_saving.round(1).tolist() == stated == projections.published_saving.tolist()
     for name in ("pre", "target", "opt"):
         assert projections[f"authors_{name}"].tolist() == projections[f"published_{name}"].tolist()
@@ -38,8 +44,8 @@ def test_the_logs_give_the_authors_own_savings(projections):
 
 
 def test_the_logs_are_those_that_the_thinned_rows_come_from():
-    curves, compared = schedule.authors_curves(), 0
-    assert sum(len(curve.x) for curve in curves.values()) == 2683 and set(curves) == set(schedule.SHAPES)
+    curves, compared = published_curves.authors_curves(), 0
+    assert sum(len(curve.x) for curve in curves.values()) == 2683 and set(curves) == set(published_curves.SHAPES)
     for model, curve in curves.items():
         assert curve.x[0] == 49 and set((curve.x.diff() % 50).tolist()) == {0}  # after 50 steps, the first being 0
         thinned = published.points("staged", model=model, metric="val_loss").set_index("x").y
@@ -52,15 +58,15 @@ def test_the_logs_are_those_that_the_thinned_rows_come_from():
 
 def test_pairs_are_of_the_sizes_that_the_rates_were_made_for():
     rates = published.points("staged", method="peak learning rate").set_index("model").y
-    for model in schedule.SHAPES:
-        assert staged.peak_learning_rate(schedule.parameters(model)) == pytest.approx(rates[model], rel=1e-9)
-    assert [pair.size_ratio for pair in schedule.PAIRS] == [2, 2, 4, 4]
+    for model in published_curves.SHAPES:
+        assert staged.peak_learning_rate(published_curves.parameters(model)) == pytest.approx(rates[model], rel=1e-9)
+    assert [pair.size_ratio for pair in published_curves.PAIRS] == [2, 2, 4, 4]
 
 
 def test_other_rules_stay_near_the_best(projections):
     table = projections
-    for pair, row in zip(schedule.PAIRS, table.itertuples(), strict=True):
-        tried = schedule.saving_curve(pair)
+    for pair, row in zip(published_curves.PAIRS, table.itertuples(), strict=True):
+        tried = published_curves.saving_curve(pair)
         assert tried.saving.max() == pytest.approx(row.best_saving)
         near = tried.pre[tried.saving >= row.best_saving - 1]
         assert (near.min(), near.max()) == (row.best_first, row.best_last)
@@ -75,22 +81,22 @@ def test_other_rules_stay_near_the_best(projections):
 
 
 def test_a_pair_without_its_row_is_refused(monkeypatch):
-    rows = published.points("staged", model=schedule.PAIRS[0].published)
+    rows = published.points("staged", model=published_curves.PAIRS[0].published)
     monkeypatch.setattr(published, "points", lambda name, **filters: rows[rows.metric != "loss at growth"])
     with pytest.raises(InvalidInput, match="no row 'loss at growth' for GPT2_base_div2_depth->GPT2_base"):
-        schedule.published_projection(schedule.PAIRS[0])
+        published_curves.published_projection(published_curves.PAIRS[0])
 
 
 def test_paths_under_the_fitted_law():
-    frame = schedule.best_paths(warmups=(3000, 4000))
+    frame = published_curves.best_paths(warmups=(3000, 4000))
     assert len(frame) == 2 * 2 * len(staged.PATHS) and set(frame.path) == set(staged.PATHS)
-    fits = {cut: schedule.law_fit(cut) for cut in (3000, 4000)}
+    fits = {cut: published_curves.law_fit(cut) for cut in (3000, 4000)}
     assert dict(zip(frame.warmup, frame.rms, strict=True)) == pytest.approx({cut: fits[cut].rms for cut in fits})
     assert max(fit.rms for fit in fits.values()) < 0.008
     saving = frame.set_index(["target", "warmup", "path"]).saving
-    opt = schedule.published_projection(schedule.PAIRS[1])["opt"]
-    loss = fits[4000].law.loss(schedule.parameters("GPT2_large"), opt)
-    (plan,) = staged.best_schedules(fits[4000].law, 24, 1536, loss, ["2W->2D"], earliest=3000)
+    opt = published_curves.published_projection(published_curves.PAIRS[1])["opt"]
+    loss = fits[4000].law.loss(published_curves.parameters("GPT2_large"), opt)
+    (plan,) = staged.best_plans(fits[4000].law, 24, 1536, loss, ["2W->2D"], earliest=3000)
     assert saving["GPT2_large", 4000, "2W->2D"] == pytest.approx(100 * plan.saving)
     for (target, cut), rows in frame.groupby(["target", "warmup"]):
         assert rows.saving.is_monotonic_decreasing
@@ -98,7 +104,7 @@ def test_paths_under_the_fitted_law():
     row = frame[(frame.target == "GPT2_large") & (frame.path == "2W->2D")].iloc[0]
     assert row.switches.startswith("12 x 768 to ") and row.switches.endswith("24 x 1536 to 7749")
     with pytest.raises(InvalidInput, match="no S_opt is published for GPT2_base_div2_depth; choices: GPT2_base, "):
-        schedule.best_paths(["GPT2_base_div2_depth"])
+        published_curves.best_paths(["GPT2_base_div2_depth"])
 
 
 def test_every_operator_keeps_the_loss_in_every_precision(differences):
@@ -128,7 +134,7 @@ def test_the_claims_number_leaves_copies_out_and_would_show_a_wrong_operator(dif
 
 def test_a_precision_does_not_depend_on_the_one_before(differences):
     chosen = operators.OPERATORS[:2]
-    frame = operators.loss_differences((1,), tiny=TINY, dtypes=("bfloat16", "float64"), operators=chosen)
+    frame = operators.loss_differences((1,), toy=TOY, dtypes=("bfloat16", "float64"), operators=chosen)
     for how in chosen:
         for dtype in ("bfloat16", "float64"):
             one, other = (
@@ -142,17 +148,17 @@ def test_a_precision_does_not_depend_on_the_one_before(differences):
 def test_the_small_model_is_trained_and_never_on_what_is_held_out():
     tokens = synthetic_tokens()
     before = torch.random.get_rng_state()
-    model, _ = train_tiny(TINY, tokens)
+    model, _ = train_toy_model(TOY, tokens)
     assert torch.equal(before, torch.random.get_rng_state())
-    untrained, _ = train_tiny(replace(TINY, steps=0), tokens)
-    batch = held_out(tokens, TINY)
+    untrained, _ = train_toy_model(replace(TOY, steps=0), tokens)
+    batch = held_out(tokens, TOY)
     assert staged.evaluate_loss(model, batch) < staged.evaluate_loss(untrained, batch) - 0.5
     marked = torch.zeros(5000, dtype=torch.long)
     marked[-batch.numel() :] = 1
-    assert held_out(marked, TINY).all() and not any(b.any() for b in batches(marked, TINY, 0, 200))
-    first, again, other = (next(batches(tokens, TINY, seed, 1, first=7)) for seed in (0, 0, 1))
+    assert held_out(marked, TOY).all() and not any(b.any() for b in batches(marked, TOY, 0, 200))
+    first, again, other = (next(batches(tokens, TOY, seed, 1, first=7)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(checked_tokens(np.asarray(tokens, dtype=np.uint16), TINY), tokens)
+    assert torch.equal(checked_tokens(np.asarray(tokens, dtype=np.uint16), TOY), tokens)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +172,12 @@ def test_the_small_model_is_trained_and_never_on_what_is_held_out():
 )
 def test_what_is_no_text_is_refused(tokens, words):
     with pytest.raises(InvalidInput, match=f"expected at least 640 token ids .*{words}"):
-        train_tiny(TINY, tokens)
+        train_toy_model(TOY, tokens)
 
 
 @pytest.fixture(scope="module")
 def symmetry():
-    return operators.symmetry_trap(20, tiny=TINY, rates=(3e-3,), every=10)
+    return operators.symmetry_trap(20, toy=TOY, rates=(3e-3,), every=10)
 
 
 def test_halves_stay_equal_without_noise_and_part_with_it(symmetry):
@@ -185,7 +191,7 @@ def test_halves_stay_equal_without_noise_and_part_with_it(symmetry):
 
 @pytest.fixture(scope="module")
 def trajectory():
-    return operators.exact_trajectory(10, tiny=TINY)
+    return operators.exact_trajectory(10, toy=TOY)
 
 
 def test_only_the_width_rule_with_consistent_moments_goes_on_exactly(trajectory):
@@ -200,8 +206,8 @@ def test_only_the_width_rule_with_consistent_moments_goes_on_exactly(trajectory)
 
 @pytest.mark.parametrize("order", staged.ORDERS)
 def test_what_of_a_new_layer_learns_at_once(order):
-    table = operators.new_layer_gradients(tiny=TINY, order=order).set_index("init")
-    d = TINY.width
+    table = operators.new_layer_gradients(toy=TOY, order=order).set_index("init")
+    d = TOY.width
     layer = 12 * d**2 + 13 * d
     # zero_proj: both projections and their biases; ln_zero: vectors but for query's and key's biases, for identity
     # also but for what the rectangular identity cuts off of the MLP's inner bias
@@ -252,8 +258,8 @@ def test_figures_of_the_operators_show_their_data(differences, symmetry, traject
 
 def test_figures_of_the_schedule_show_their_data(projections):
     row = projections[projections.pair == "depth_base"].iloc[0]
-    ax = figures.draw_curves(projections, schedule.authors_curves()).axes[0]
-    cost = schedule.flops_per_step("GPT2_base")
+    ax = figures.draw_curves(projections, published_curves.authors_curves()).axes[0]
+    cost = published_curves.flops_per_step("GPT2_base")
     grown, stop = lines(ax)["grown (projected)"], lines(ax)["stop at S_opt"]
     assert stop.get_xdata()[0] == cost * row.published_opt
     saved = 1 - grown.get_xdata()[-1] / stop.get_xdata()[0]

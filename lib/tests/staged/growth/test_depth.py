@@ -1,4 +1,4 @@
-"""Growth in depth: exactness, where layers go, what new ones hold, and what is refused."""
+"""Growth in depth: exactness, the place and content of new layers, and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The optimizer half: the exact trajectory, moments by mode and by name, Adam's width rule, scheduler, saving."""
+"""Growth of the optimizer: the exact trajectory, moments by mode and name, Adam's width rule, scheduler, its file."""
 
 import copy
 

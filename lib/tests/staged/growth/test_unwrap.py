@@ -1,4 +1,4 @@
-"""Models, optimizers and schedulers in the wrappers that people hold: looked into, or refused with a way out."""
+"""Models, optimizers and schedulers in wrappers: opened, or refused with a way out."""
 
 import copy
 
@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from effnn import staged
 from effnn.base import InvalidInput
 from effnn.staged import Stage, TrainState
+from effnn.staged.growth.optimizer import steps_done
 
 
 class HeldOptimizer(Optimizer):
@@ -112,10 +113,10 @@ def test_a_live_trainer_is_grown_and_trained_on(tmp_path):
     trainer = Trainer(model=model, train_dataset=rows, args=settings)
     trainer.train()
     grown = staged.grow(trainer.model, trainer.optimizer, trainer.lr_scheduler, width=2)
-    assert staged.optimizer.steps_done(grown.optimizer) == grown.scheduler.last_epoch == 3
+    assert steps_done(grown.optimizer) == grown.scheduler.last_epoch == 3
     start = TrainState(trainer.model_wrapped, trainer.optimizer, PLATEAU, 5e-5)
     state = run(start, [Stage(2, width=2)], recipe(eps=1e-8))
-    assert staged.optimizer.steps_done(state.optimizer) == 5
+    assert steps_done(state.optimizer) == 5
     with pytest.raises(InvalidInput, match="found a Trainer: hand over its .model, .optimizer and .lr_scheduler"):
         staged.grow(trainer, width=2)
     with pytest.raises(InvalidInput, match="found Trainer: hand over its .model"):
@@ -169,7 +170,7 @@ def cut() -> GPT2LMHeadModel:
         (lambda: Holder(model=plain.tiny_gpt2()), "found a Holder: hand over its .model"),
         (lambda: Holder(module=plain.tiny_gpt2()), "found a Holder: hand over its .module"),
         (lambda: Holder(model=nn.Linear(2, 2)), "found a Holder$"),
-        (coded, "c_fc.weight is a Coded, no plain parameter, .* before it was quantized or sharded"),
+        (coded, "c_fc.weight is a Coded, not a plain parameter, .* before it was quantized or sharded"),
         (cut, r"c_fc.weight is of shape \(0,\), which does not fit the model's configuration: it makes \(16, 64\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Curves, the loss law, and the slope detectors of staged training."""
+"""Curves, the loss law, and the slope and its crossings."""
 
 import math
 
@@ -9,7 +9,8 @@ from scipy.ndimage import uniform_filter1d
 
 from effnn.base import InvalidInput
 from effnn.report import published
-from effnn.staged.planning.curves import KAPLAN, Curve, LossLaw, fit_loss_law
+from effnn.staged.planning.curves import Curve
+from effnn.staged.planning.loss_law import KAPLAN, LossLaw, fit_loss_law
 from effnn.staged.planning.slope import (
     TAU_OPT,
     TAUS,

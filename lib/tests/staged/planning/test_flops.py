@@ -73,7 +73,7 @@ def test_saving_at_equal_loss():
         (lambda: training_flops(BASE, -1, 1024), "0 or more"),
         (lambda: Shape(0, 768, 10), "1 or more"),
         (lambda: peak_learning_rate(0), "N of 1 or more"),
-        (lambda: peak_learning_rate(1e11, base=math.e), "was not made for that size"),
+        (lambda: peak_learning_rate(1e11, base=math.e), "does not hold for that size"),
         (lambda: WarmupStableDecay(10, 5), "fit into the horizon"),
         (lambda: WarmupStableDecay(10, 100, decay=91), "fit into the horizon"),
         (lambda: Rewarmed(WarmupStableDecay(10, 100), -1, 5), "0 or more"),

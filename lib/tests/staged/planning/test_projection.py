@@ -1,4 +1,4 @@
-"""Growth points, projected savings on the authors' curves, and the cheapest schedule of each growth path.
+"""Growth points, projected savings on the authors' curves, and the cheapest plan of each growth path.
 
 The authors' curves in data/published are thinned to 50 to 70 evaluations. Their own rule finds its points by the noise
 between evaluations 50 steps apart, which is gone from these; what can still be had from them is held here.
@@ -11,8 +11,9 @@ import torch
 
 from effnn.base import InvalidInput
 from effnn.report import published
-from effnn.staged.planning.curves import KAPLAN, Curve, LossLaw
-from effnn.staged.planning.growth_paths import PATHS, best_schedules
+from effnn.staged.planning.curves import Curve
+from effnn.staged.planning.growth_plans import PATHS, best_plans
+from effnn.staged.planning.loss_law import KAPLAN, LossLaw
 from effnn.staged.planning.projection import (
     RHOS,
     Projection,
@@ -110,7 +111,7 @@ def test_rho_in_closed_form():
 @pytest.mark.parametrize(("path", "ratio"), [("2D", 2), ("2W", 4), ("2D2W", 8), ("4W", 16)])
 def test_two_stages_agree_with_the_closed_forms(path, ratio):
     loss = KAPLAN.loss(12 * 24 * 1536**2, 30_000)
-    (found,) = best_schedules(KAPLAN, 24, 1536, loss, [path])
+    (found,) = best_plans(KAPLAN, 24, 1536, loss, [path])
     small, large = found.stages
     assert small.last / large.first == pytest.approx(growth_rho(ratio), rel=1e-6)
     assert KAPLAN.loss(12 * small.layers * small.width**2, small.last) == pytest.approx(small.loss)
@@ -118,21 +119,21 @@ def test_two_stages_agree_with_the_closed_forms(path, ratio):
     assert slope == pytest.approx(growth_tau(ratio), rel=1e-6)
 
 
-def test_a_schedule_adds_up():
+def test_a_plan_adds_up():
     n, tokens = 12 * 24 * 1536**2, 1000
     loss = KAPLAN.loss(n, 30_000)
-    found = best_schedules(KAPLAN, 24, 1536, loss, tokens_per_step=tokens)
-    assert {schedule.path for schedule in found} == set(PATHS)
-    assert [schedule.flops for schedule in found] == sorted(schedule.flops for schedule in found)
-    for schedule in found:
-        assert schedule.scratch_flops == pytest.approx(6 * n * tokens * 30_000)
-        assert schedule.saving == pytest.approx(1 - schedule.flops / schedule.scratch_flops)
-        assert (schedule.stages[-1].layers, schedule.stages[-1].width, schedule.stages[0].first) == (24, 1536, 0)
-        assert schedule.stages[-1].loss == loss
-        for before, after in zip(schedule.stages, schedule.stages[1:], strict=False):
+    found = best_plans(KAPLAN, 24, 1536, loss, tokens_per_step=tokens)
+    assert {plan.path for plan in found} == set(PATHS)
+    assert [plan.flops for plan in found] == sorted(plan.flops for plan in found)
+    for plan in found:
+        assert plan.scratch_flops == pytest.approx(6 * n * tokens * 30_000)
+        assert plan.saving == pytest.approx(1 - plan.flops / plan.scratch_flops)
+        assert (plan.stages[-1].layers, plan.stages[-1].width, plan.stages[0].first) == (24, 1536, 0)
+        assert plan.stages[-1].loss == loss
+        for before, after in zip(plan.stages, plan.stages[1:], strict=False):
             assert KAPLAN.loss(12 * after.layers * after.width**2, after.first) == pytest.approx(before.loss)
             assert before.steps > 0
-    by_path = {schedule.path: schedule.saving for schedule in found}
+    by_path = {plan.path: plan.saving for plan in found}
     assert by_path["2W->2W"] > by_path["2W"] > by_path["2D"] > 0  # a further stage cannot cost
     assert by_path["2D->2D"] > by_path["4D"]
 
@@ -141,7 +142,7 @@ def test_three_stages_against_every_pair_of_switches():
     n = [12 * 6 * 64**2, 12 * 6 * 128**2, 12 * 12 * 128**2]
     law = LossLaw(nc=1e7, a=0.2, k=60, b=0.5)
     loss = law.loss(n[2], 4000)
-    (found,) = best_schedules(law, 12, 128, loss, ["2W->2D"], tokens_per_step=1)
+    (found,) = best_plans(law, 12, 128, loss, ["2W->2D"], tokens_per_step=1)
     cheapest = math.inf
     grid = [loss + (6 - loss) * i / 300 for i in range(301)]
     for first in grid:
@@ -151,33 +152,33 @@ def test_three_stages_against_every_pair_of_switches():
     assert found.flops <= cheapest * (1 + 1e-9) and found.flops == pytest.approx(cheapest, rel=1e-3)
 
 
-def test_where_growing_does_not_pay_the_schedule_says_so():
+def test_where_growing_does_not_pay_the_plan_says_so():
     loss = KAPLAN.loss(12 * 24 * 1536**2, 9145)
-    (found,) = best_schedules(KAPLAN, 24, 1536, loss, ["2D"])
+    (found,) = best_plans(KAPLAN, 24, 1536, loss, ["2D"])
     assert found.stages[-1].steps == pytest.approx(0, abs=1e-3)
     assert found.flops == pytest.approx(found.continued_flops)
-    (late,) = best_schedules(KAPLAN, 24, 1536, KAPLAN.loss(12 * 24 * 1536**2, 1e5), ["2W"])
+    (late,) = best_plans(KAPLAN, 24, 1536, KAPLAN.loss(12 * 24 * 1536**2, 1e5), ["2W"])
     assert late.flops < late.scratch_flops < late.continued_flops
 
 
 def test_no_growth_before_the_warm_up_is_over():
     n = 12 * 24 * 1536**2
-    (found,) = best_schedules(KAPLAN, 24, 1536, KAPLAN.loss(n, 60_000), ["2D->2D"], earliest=20_000)
+    (found,) = best_plans(KAPLAN, 24, 1536, KAPLAN.loss(n, 60_000), ["2D->2D"], earliest=20_000)
     assert found.stages[0].last == pytest.approx(20_000)
-    assert best_schedules(KAPLAN, 24, 1536, KAPLAN.loss(n, 60_000), ["2D->2D"])[0].flops < found.flops
+    assert best_plans(KAPLAN, 24, 1536, KAPLAN.loss(n, 60_000), ["2D->2D"])[0].flops < found.flops
 
 
 def test_paths_that_do_not_divide_are_left_out_unless_asked_for():
     loss = KAPLAN.loss(12 * 6 * 64**2, 50_000)
-    assert {schedule.path for schedule in best_schedules(KAPLAN, 6, 64, loss)} == set(PATHS) - {"4D", "2D->2D"}
+    assert {plan.path for plan in best_plans(KAPLAN, 6, 64, loss)} == set(PATHS) - {"4D", "2D->2D"}
     with pytest.raises(InvalidInput, match="6 layers of width 64 cannot be divided as 4D says"):
-        best_schedules(KAPLAN, 6, 64, loss, ["4D"])
+        best_plans(KAPLAN, 6, 64, loss, ["4D"])
 
 
 @pytest.mark.parametrize("path", ["", "2X", "1D", "0W", "2D2D", "D2", "2D->", "2D+2W", "2d"])
 def test_an_unknown_path(path):
     with pytest.raises(InvalidInput, match="unknown growth path .* expected one like 2D, 2W"):
-        best_schedules(KAPLAN, 24, 1536, 2.5, [path])
+        best_plans(KAPLAN, 24, 1536, 2.5, [path])
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,8 @@ def test_an_unknown_path(path):
         (lambda small, target: project(small, target, 2, 500, 40), "measured from 10 to 80"),
         (lambda small, target: project(small, target, 2, 20, 400), "measured from 10 to 80"),
         (lambda small, target: best_projection(small, Curve([10, 80], [2.0, 1.0]), 2, 80), "train it longer"),
-        (lambda small, target: best_schedules(KAPLAN, 24, 1536, 1.0), "1.0000 is not within"),
-        (lambda small, target: best_schedules(KAPLAN, 24, 1536, 3.0, earliest=1e4), "at step 10000 down to"),
+        (lambda small, target: best_plans(KAPLAN, 24, 1536, 1.0), "1.0000 is not within"),
+        (lambda small, target: best_plans(KAPLAN, 24, 1536, 3.0, earliest=1e4), "at step 10000 down to"),
     ],
 )
 def test_bad_input(call, sentence):

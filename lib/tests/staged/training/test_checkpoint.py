@@ -1,4 +1,4 @@
-"""The trainer on disk and on two ranks: kill and go on to the same bits, damage named, other runs refused, DDP."""
+"""The trainer with a folder and on two ranks: killed and resumed to the same bits, damage, other runs, DDP."""
 
 import dataclasses
 import json

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -81,7 +82,7 @@ def writers(monkeypatch, broken: str) -> None:
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner = {"mkdtemp": checkpoint.tempfile, "save_pretrained": checkpoint.GPT2LMHeadModel}.get(broken, checkpoint)
+    owner = {"mkdtemp": tempfile, "save_pretrained": checkpoint.GPT2LMHeadModel}.get(broken, checkpoint)
     monkeypatch.setattr(owner, broken, full)
 
 

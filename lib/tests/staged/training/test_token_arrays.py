@@ -1,4 +1,4 @@
-"""Token arrays as people bring them: served with the values that they hold, or refused with what was found."""
+"""Token arrays of any kind: read with the values that they hold, or refused with what was found."""
 
 import array
 

@@ -28,7 +28,7 @@ from effnn import staged
 from effnn.base import InvalidInput
 from effnn.staged import Diverged, Recipe, Rewarmed, Stage, WarmupStableDecay, train
 from effnn.staged.training.batches import Batches, validation_windows
-from effnn.staged.training.step import Clip
+from effnn.staged.training.clipping import Clip
 
 
 def test_against_a_loop_written_plainly():

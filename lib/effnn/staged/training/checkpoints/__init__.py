@@ -1,1 +1,1 @@
-"""A run that can be interrupted anywhere: what is saved, and what ties a folder to its run."""
+"""Checkpoints: their files, and the fingerprint that ties a folder to its run."""

@@ -1,14 +1,14 @@
-"""Checkpoints of a staged run: whole or absent, checked before they are used, and of this run only.
+"""Checkpoints of a staged run: written whole or not at all, checked before use, and never of another run.
 
     folder/step-00000500-stage-01/
       model/          save_pretrained: loads in stock transformers
-      optimizer.pt    AdamW by parameter names (saving.py)
+      optimizer.pt    AdamW by parameter names (optimizer_file.py)
       state.json      everything else, the run's fingerprint, and size and SHA-256 of every file
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed; a run that is killed leaves at most
-a `.tmp-checkpoint-*` folder, which the next one removes. The schedule comes from the call, never out of a file, and so
-does what was set on the modules of the model that the run started from. One process at a time may write to a folder (a
-lock; under torchrun that of rank 0), and all ranks must see it. A finished run is only read.
+a `.tmp-checkpoint-*` folder, which the next run removes. The schedule and the settings on the modules come from the
+call, never from a file. One process at a time may write to a folder (a lock, held by rank 0 under torchrun), and all
+ranks must see the folder. A finished run is only read.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -25,16 +24,16 @@ from pathlib import Path
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from effnn.base import InvalidInput, folder_lock, write_json, writing
-from effnn.staged.growth.settings import carry_over
+from effnn.base import InvalidInput, folder_lock, sha256_file, temporary_folder, write_json, writing
+from effnn.staged.growth.module_settings import carry_over
 from effnn.staged.training.begin import origin_of, schedule_in_force
 from effnn.staged.training.checkpoints.optimizer_file import load_optimizer, save_optimizer
-from effnn.staged.training.processes import Ranks
+from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.state import Point, Recipe, Stage, TrainState
 
 _FORMAT = "effnn staged run 2"
 _SHOWN = 4
-"""Differences between two runs that a message names."""
+"""So many differences between two runs are named in a message."""
 _NAME = re.compile(r"step-(\d{8,})-stage-(\d{2,})")
 _TEMPORARY = ".tmp-checkpoint-"
 _NUMBERS = (
@@ -44,43 +43,52 @@ _NUMBERS = (
 
 
 class Checkpoints:
-    """The checkpoints of one run in one folder. start, stages: of the call. identity: its fingerprint."""
+    """The checkpoints of one run in one folder.
+
+    folder: where they are.
+    fingerprint: of this run; a folder with another one is refused.
+    recipe: its schedule is given to a state that is read; `keep` checkpoints stay.
+    ranks: rank 0 writes, all read.
+    start, stages: of the call; settings on the modules come from there.
+    """
 
     def __init__(
         self,
         folder: Path,
-        identity: dict[str, str],
+        fingerprint: dict[str, str],
         recipe: Recipe,
         ranks: Ranks,
         start: GPT2Config | GPT2LMHeadModel | TrainState,
         stages: Sequence[Stage],
     ) -> None:
-        self.folder, self.identity, self.recipe, self.ranks = folder, identity, recipe, ranks
+        self.folder, self.fingerprint, self.recipe, self.ranks = folder, fingerprint, recipe, ranks
         self.start, self.stages = start, stages
 
     @contextmanager
     def opened(self) -> Iterator[tuple[TrainState, bool] | None]:
-        """The newest checkpoint's state and whether the run had finished there; None where there is none.
+        """The state of the newest checkpoint, and whether the run had finished there; None without a checkpoint.
 
-        Within, the folder belongs to this run. Raises InvalidInput, on all ranks, for a folder that another process
-        uses, a damaged checkpoint and one of another run, and CannotWrite for a folder that takes nothing.
+        Inside the block the folder is locked for this run. Raises InvalidInput, on all ranks, for a folder that another
+        process uses, a damaged checkpoint and one of another run, and CannotWrite for a folder that cannot be written.
         """
         with ExitStack() as held:
             found = self.ranks.first(lambda: self._newest(held))
             yield None if found is None else self.ranks.each(lambda: self._read(Path(found)))
 
-    def save(self, state: TrainState, finished: bool) -> None:
-        """Write one from rank 0, then remove all but the newest `keep`; a failure there is raised on all ranks."""
+    def write(self, state: TrainState, finished: bool) -> None:
+        """Write a checkpoint on rank 0, then remove all but the newest `keep`; an error is raised on all ranks."""
         self.ranks.first(lambda: self._write(state, finished))
 
     def describe(self) -> str:
-        """Which checkpoint remains, in words."""
+        """Which checkpoint there is, in words."""
         found = _sorted(self.folder)
         return f"the last checkpoint is {found[-1]}" if found else f"{self.folder} holds no checkpoint yet"
 
     def _newest(self, held: ExitStack) -> str | None:
-        """Path of the newest checkpoint, found whole and of this run. Unless that is the end of the run, the folder is
-        held from here on, and what was never finished is removed."""
+        """Path of the newest checkpoint, which is whole and of this run.
+
+        Unless it is the end of the run, the folder is locked, and unfinished checkpoints are removed.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise InvalidInput(f"{self.folder} is a file: give a folder for the checkpoints")
         if not _finished(self.folder):
@@ -93,7 +101,7 @@ class Checkpoints:
         if not found:
             return None
         content = _checked(found[-1])
-        if differing := _differences(content["fingerprint"], self.identity):
+        if differing := _differences(content["fingerprint"], self.fingerprint):
             raise InvalidInput(
                 f"{self.folder} holds another run: {differing}. Give another folder, or delete this one to start anew"
             )
@@ -136,7 +144,7 @@ class Checkpoints:
         return GPT2LMHeadModel if model is None else type(model)
 
     def _set_modules(self, model: GPT2LMHeadModel, stage: int) -> None:
-        """What growth carried from module to module up to this stage, from the start of the run."""
+        """The settings on the modules at the start of the run, carried over the growth up to this stage."""
         if (first := self._model_at_start()) is not None:
             before = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
             carry_over(first, model, origin_of(first.config.n_layer, self.stages[: stage + 1 - before]))
@@ -153,8 +161,7 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}-stage-{state.stage:02d}"
         if target.exists():
             raise InvalidInput(f"{target} exists already: another run writes to this folder. Give each its own")
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=_TEMPORARY))
-        try:
+        with temporary_folder(self.folder, _TEMPORARY) as temporary:
             with _no_progress_bars():
                 state.model.save_pretrained(temporary / "model")
             save_optimizer(temporary / "optimizer.pt", state.model, state.optimizer)
@@ -166,8 +173,11 @@ class Checkpoints:
                 "frozen": [name for name, p in state.model.named_parameters() if not p.requires_grad],
                 "attention": state.model.config._attn_implementation,
                 "points": [asdict(point) for point in state.points],
-                "fingerprint": self.identity,
-                "files": {str(file.relative_to(temporary)): _size_and_hash(file) for file in _files(temporary)},
+                "fingerprint": self.fingerprint,
+                "files": {
+                    str(file.relative_to(temporary)): [file.stat().st_size, sha256_file(file)]
+                    for file in _files(temporary)
+                },
             }
             write_json(temporary / "state.json", {**content, "digest": _digest(content)})
             temporary.chmod(0o755)
@@ -175,12 +185,9 @@ class Checkpoints:
                 _flush(path)
             temporary.rename(target)
             _flush(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         for old in _sorted(self.folder)[: -self.recipe.keep]:
-            # renamed first: a folder that is being deleted must not look like a damaged checkpoint
-            doomed = old.rename(old.with_name(f"{_TEMPORARY}old-{old.name}"))
-            shutil.rmtree(doomed, ignore_errors=True)
+            # renamed first: a checkpoint that is half deleted must not look like a damaged one
+            shutil.rmtree(old.rename(old.with_name(f"{_TEMPORARY}old-{old.name}")), ignore_errors=True)
 
 
 def _sorted(folder: Path) -> list[Path]:
@@ -190,7 +197,7 @@ def _sorted(folder: Path) -> list[Path]:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether the newest checkpoint says that it is the end of its run; what it is worth is checked later."""
+    """Whether the newest checkpoint says that it is the end of its run; whether it is whole is checked later."""
     try:
         content = json.loads((_sorted(folder)[-1] / "state.json").read_text(encoding="utf-8"))
         return content["finished"] is True and content["format"] == _FORMAT
@@ -199,7 +206,7 @@ def _finished(folder: Path) -> bool:
 
 
 def _checked(path: Path) -> dict:
-    """The content of state.json; InvalidInput that names the file which is missing or is not as it was written."""
+    """The content of state.json; InvalidInput names a file that is missing or is not as it was written."""
     remedy = f"Delete {path} to go on from the checkpoint before it, or from the beginning if there is none"
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -217,13 +224,13 @@ def _checked(path: Path) -> dict:
         file = path / name
         if not file.is_file():
             raise InvalidInput(f"{file} is missing. {remedy}")
-        if [file.stat().st_size, digest] != [size, _size_and_hash(file)[1]]:
+        if file.stat().st_size != size or sha256_file(file) != digest:
             raise InvalidInput(f"{file} is damaged: expected {size} bytes as written, found other content. {remedy}")
     return content
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> str:
-    # in the order of the call's own: what a reader would look at first stands in front
+    # in the order of the fingerprint: of interest first
     names = [name for name in {**wanted, **saved} if saved.get(name) != wanted.get(name)]
     shown = (f"{name} was {saved.get(name, 'absent')}, is {wanted.get(name, 'absent')}" for name in names[:_SHOWN])
     more = f"; and {len(names) - _SHOWN} more differences" if len(names) > _SHOWN else ""
@@ -232,11 +239,6 @@ def _differences(saved: dict[str, str], wanted: dict[str, str]) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _size_and_hash(file: Path) -> list:
-    with file.open("rb") as stream:
-        return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
 
 def _digest(content: dict) -> str:

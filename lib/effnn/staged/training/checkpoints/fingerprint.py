@@ -1,11 +1,11 @@
-"""What makes a run the same run, as named short texts that can be compared: all that decides its curve.
+"""The fingerprint of a run: everything that decides its curve, as short named texts that can be compared.
 
-That is the start (configuration, weights, frozen ones, settings on the modules, gradient checkpointing, the optimizer's
-groups and moments, the position), the stages, the recipe and the tokens. A checkpoint carries it, and a run goes on
-only where all of it agrees. A schedule is compared by its values, so that a lambda will do and nothing is ever
-unpickled. Not part of it: where checkpoints are made, how many are kept, train or eval mode (training sets it), hooks
-(a run has none), and how a batch is cut into micro-batches (which changes rounding alone), so that a run that was out
-of memory goes on with smaller ones.
+These are the start (configuration, weights, frozen weights, settings on the modules, gradient checkpointing, groups and
+moments of the optimizer, the position), the stages, the recipe and the tokens. Every checkpoint holds the fingerprint,
+and a run goes on from it only if all of it agrees. A schedule is compared by its values, so a lambda will do and
+nothing is unpickled. Not part of it: when checkpoints are written, how many are kept, train or eval mode (training sets
+it), hooks (a run has none), and the size of micro-batches, which changes rounding alone: a run that was out of memory
+goes on with smaller ones.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from effnn.staged.growth.module_settings import changed_settings, checkpointing_arguments, skeleton
 from effnn.staged.growth.optimizer import names_by_group
-from effnn.staged.growth.settings import changed_settings, checkpointing_arguments, skeleton
 from effnn.staged.training.batches import Tokens, checked_tokens
 from effnn.staged.training.state import Recipe, Stage, TrainState
 
 WHOLE = 2**26
-"""Token arrays up to this length are hashed whole, longer ones by this many tokens in 64 places."""
+"""Token arrays up to this length are hashed whole; of longer ones, this many tokens in 64 places."""
 
-_WRITTEN_BY_SAVING = ("transformers_version", "architectures", "dtype", "_name_or_path")
-"""What a configuration gains when its model is saved and loaded, so that a loaded state is still the same start."""
+_ADDED_BY_SAVE_PRETRAINED = ("transformers_version", "architectures", "dtype", "_name_or_path")
+"""Entries that a configuration gains in save_pretrained; without them a loaded model is still the same start."""
 _NOT_OF_THE_RUN = ("schedule", "checkpoint_every", "keep", "micro_batch")
 _POSITION = ("step", "position", "rewarm", "stage", "tokens", "flops", "flops_full", "loss_sum", "loss_count")
 
@@ -39,7 +39,7 @@ def fingerprint(
     train_tokens: object,
     validation_tokens: object,
 ) -> dict[str, str]:
-    """Name of an ingredient -> what it is, what a reader would look at first in front. Tensors are hashed whole."""
+    """Name -> description of everything that decides the curve, in the order of interest. Tensors are hashed whole."""
     model = skeleton(start) if isinstance(start, GPT2Config) else getattr(start, "model", start)
     furthest = sum(stage.steps for stage in stages) + max(stage.entry or 0 for stage in stages)
     furthest += start.position if isinstance(start, TrainState) else 0
@@ -61,7 +61,7 @@ def fingerprint(
 
 
 def _config(model: GPT2LMHeadModel) -> dict[str, str]:
-    values = {key: value for key, value in model.config.to_dict().items() if key not in _WRITTEN_BY_SAVING}
+    values = {key: value for key, value in model.config.to_dict().items() if key not in _ADDED_BY_SAVE_PRETRAINED}
     texts = {f"start's {key}": json.dumps(value, sort_keys=True, default=str) for key, value in sorted(values.items())}
     return {name: _short(text) for name, text in texts.items()} | {
         "start's class": type(model).__name__,
@@ -70,14 +70,14 @@ def _config(model: GPT2LMHeadModel) -> dict[str, str]:
 
 
 def _modules(model: GPT2LMHeadModel) -> dict[str, str]:
-    """What is set on the modules: dropout rates and the like, recomputation of activations, frozen weights."""
+    """Changed settings on the modules (dropout rates, ...), gradient checkpointing, frozen weights."""
     found = {f"setting {name}.{key}": repr(value) for (name, key), value in changed_settings(model).items()}
     found |= {f"checkpointing of {name}": text for name, text in checkpointing_arguments(model).items()}
     return found | {f"training of {name}": "frozen" for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def _groups(model: GPT2LMHeadModel, optimizer: AdamW) -> dict[str, str]:
-    """Settings and members of every group; its rate is the peak, since the schedule sets the one in force."""
+    """Settings and parameters of every group. The rate is its peak, since the schedule sets the current one."""
     found = {"optimizer groups": str(len(optimizer.param_groups))}
     for number, (group, names) in enumerate(zip(optimizer.param_groups, names_by_group(model, optimizer), strict=True)):
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}

@@ -1,7 +1,7 @@
-"""Saving and loading an AdamW by the names of its parameters.
+"""A file for an AdamW, by the names of its parameters.
 
-torch's own `state_dict` counts parameters by position, so that a different order of groups or layers would hand one
-tensor's moments to another. The model itself needs nothing special: save_pretrained and from_pretrained.
+torch's own `state_dict` numbers parameters by position: with another order of groups or layers, one tensor would get
+the moments of another. The model itself needs only save_pretrained and from_pretrained.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Figures of notebook 03 made of training runs; what they show is computed in staged_savings.py and staged_map.py."""
+"""Figures of notebook 03 made of training runs; their data are computed in compute_saved.py and comparisons.py."""
 
 import math
 
@@ -23,13 +23,13 @@ _STYLES = dict(zip(LABELS, LINE_STYLES, strict=False))
 
 
 def draw_frontier(ends: pd.DataFrame, horizon: float | None = None) -> Figure:
-    """Test loss after the decay against what was spent, in both conventions of FLOPs; bands: 95 % over seeds."""
+    """Test loss after the decay against FLOPs in both conventions; bands: 95 % intervals over seeds."""
     fig, axes = new_figure(2)
     for ax, axis, label in zip(
         axes, ("flops", "flops_full"), ("FLOPs without embeddings", "FLOPs in full"), strict=True
     ):
-        for name in [name for name in LABELS if name in set(ends.line)]:
-            groups = ends[ends.line == name].groupby("budget")
+        for name in [name for name in LABELS if name in set(ends.method)]:
+            groups = ends[ends.method == name].groupby("budget")
             x, mean = groups[axis].mean(), groups.test_loss.mean()
             spans = [interval(rows.test_loss.tolist()) or (rows.test_loss.mean(),) * 2 for _, rows in groups]
             low, high = zip(*spans, strict=True)
@@ -39,21 +39,21 @@ def draw_frontier(ends: pd.DataFrame, horizon: float | None = None) -> Figure:
                 ax.errorbar(x, mean, yerr=error, capsize=4, **look | {"linestyle": "none"})
             else:
                 band(ax, x, mean, low, high, **look)
-        scratch = ends[ends.line == "scratch"]
+        scratch = ends[ends.method == "scratch"]
         target = scratch[scratch.budget == (horizon or scratch.budget.max())]
         ax.axhline(target.test_loss.mean(), color="0.35", lw=1.2, ls=":", label="loss that is compared")
         ax.set(xlabel=label, title=f"Loss against {label}")
         _plain_log(ax)
-    axes[0].set_ylabel("test loss after the decay, nats a token")
+    axes[0].set_ylabel("test loss after the decay, nats per token")
     legend_outside(fig, "below")
     return fig
 
 
-def draw_way(points: pd.DataFrame) -> Figure:
-    """Validation loss on the way, at a constant rate, against FLOPs; thin: each seed, thick: their mean."""
+def draw_training_curves(points: pd.DataFrame) -> Figure:
+    """Validation loss at a constant rate against FLOPs; thin: each seed, thick: their mean."""
     fig, ax = new_figure(width=8.0)
-    for name in [name for name in LABELS if name in set(points.line)]:
-        own = points[(points.line == name) & (points.flops > 0)]
+    for name in [name for name in LABELS if name in set(points.method)]:
+        own = points[(points.method == name) & (points.flops > 0)]
         look = {"color": _COLORS[name], "marker": "", "ls": _STYLES[name]}
         for _, rows in own.groupby("seed"):
             ax.plot(rows.flops, rows.validation_loss, lw=0.7, alpha=0.35, **look | {"ls": "-"})
@@ -63,8 +63,8 @@ def draw_way(points: pd.DataFrame) -> Figure:
         if name == "staged" and own.phase.nunique() > 1:
             ax.axvline(born.mean(), color="0.35", lw=1.2, ls=":", label="growth")
     ax.set(
-        xscale="log", xlabel="FLOPs without embeddings", ylabel="validation loss, nats a token",
-        title="On the way, before any decay",
+        xscale="log", xlabel="FLOPs without embeddings", ylabel="validation loss, nats per token",
+        title="In training, before any decay",
     )  # fmt: skip
     low = points.validation_loss.min()
     ax.set_ylim(low - 0.05, low + 1.2)
@@ -73,12 +73,12 @@ def draw_way(points: pd.DataFrame) -> Figure:
 
 
 def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
-    """The grown model beside the same size from scratch, put at the step where that has the small model's loss."""
+    """The grown model beside the same size from scratch, shifted to the step at which both have the same loss."""
     seeds = list(ratios.seed)[:3]
     fig, axes = new_figure(len(seeds), width=5.0, squeeze=False, sharey=True)
     for ax, seed in zip(axes[0], seeds, strict=True):
         row = ratios[ratios.seed == seed].iloc[0]
-        own, other = (points[(points.seed == seed) & (points.line == name)] for name in ("staged", "scratch"))
+        own, other = (points[(points.seed == seed) & (points.method == name)] for name in ("staged", "scratch"))
         other = other[other.step > 0]
         entry = staged.Curve(other.step.tolist(), other.validation_loss.tolist()).x_at(row.upper)
         grown = own[own.phase == own.phase.max()]
@@ -90,23 +90,24 @@ def draw_dynamics(points: pd.DataFrame, ratios: pd.DataFrame) -> Figure:
         ax.axhspan(row.lower, row.upper, color="0.9", lw=0, zorder=-1, label="losses that are compared")
         ax.set(xlabel="steps of the large model", title=f"seed {seed}: slope {row.ratio:.2f} of scratch")
         ax.set_ylim(points.validation_loss.min() - 0.05, row.upper + 0.4)
-    axes[0][0].set_ylabel("validation loss, nats a token")
+    axes[0][0].set_ylabel("validation loss, nats per token")
     legend_outside(fig, "below")
     return fig
 
 
 def draw_horizons(table: pd.DataFrame, published: float, label: str, marked: float | None = None) -> Figure:
-    """Saving of each line against scratch, over the compute that scratch was given; bands: 95 % over seeds.
+    """Saving of each method against the budget of scratch; bands: 95 % intervals over seeds.
 
-    table: as `staged_map.by_horizon` makes it. Growing pays where staged lies above 0 and above the small model. A line
-    is drawn where its saving is known under every seed: it reaches the loss, and was not better at its smallest budget
-    already. marked: the horizon of the claim.
+    Growing pays where staged is above 0 and above the small model. A method is drawn where its saving is known for
+    every seed: it reaches the loss, and was not better at its smallest budget already.
+
+    table: of `comparisons.by_horizon`. published, label: the published saving. marked: the horizon of the claim.
     """
     fig, ax = new_figure(width=8.0)
-    for name in [name for name in LABELS if name in set(table.line)]:
+    for name in [name for name in LABELS if name in set(table.method)]:
         known = [
             (x, rows.saving.tolist())
-            for x, rows in table[table.line == name].groupby("horizon")
+            for x, rows in table[table.method == name].groupby("horizon")
             if np.isfinite(rows.saving).all() and not rows.at_least.any()
         ]
         if known:
@@ -127,12 +128,14 @@ def draw_horizons(table: pd.DataFrame, published: float, label: str, marked: flo
     return fig
 
 
-def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
-    """Saving against the growth point, one panel a horizon: when growing pays, and when not.
+def draw_growth_points(table: pd.DataFrame, published: float, label: str) -> Figure:
+    """Saving against the growth point, one panel per horizon: when growing pays, and when not.
 
-    table: as `staged_map.run_map` makes it; horizons at which fewer than half of the savings are known are left out.
-    Large: mean over seeds, filled where growing also beats the small model of its path continued, hollow where that is
-    cheaper; small: each seed. A path that misses the loss under some seed has no mean: a cross at the lower edge.
+    Large marks are means over seeds: filled where growing also beats continuing the small model of the path, hollow
+    where it does not. Small marks are seeds. A path that misses the loss for some seed has no mean: a cross at the
+    lower edge. Horizons at which fewer than half of the savings are known are left out.
+
+    table: of `comparisons.by_growth_point`. published, label: the published saving.
     """
     known = (np.isfinite(table.saving) & ~table.at_least).groupby(table.horizon).mean()
     horizons = sorted(known.index[known >= 0.5])
@@ -158,7 +161,7 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
         ax.set_xlabel("compute when growing / scratch's")
     axes[0][0].plot([], [], color="0.35", ls="none", marker="o", ms=9, mfc="white", mew=2, label="small one cheaper")
     if np.isinf(table.saving[table.horizon.isin(horizons)]).any():
-        axes[0][0].plot([], [], color="0.35", ls="none", marker="X", ms=9, label="loss missed under a seed")
+        axes[0][0].plot([], [], color="0.35", ls="none", marker="X", ms=9, label="loss missed for a seed")
     last = axes[0][-1]  # at the edge: the published models' own scale is another one
     draw_published(last, [1.0], [published], label, transform=last.get_yaxis_transform(), clip_on=False)
     axes[0][0].set_ylabel("FLOPs saved, percent")
@@ -166,13 +169,13 @@ def draw_map(table: pd.DataFrame, published: float, label: str) -> Figure:
     return fig
 
 
-def draw_peers(table: pd.DataFrame) -> Figure:
-    """Loss jump at growth, and FLOPs saved to scratch's loss, by way to grow. table: as `staged_map.run_peers`."""
+def draw_operators(table: pd.DataFrame) -> Figure:
+    """Loss jump at growth, and FLOPs saved, by growth operator. table: of `comparisons.compare_operators`."""
     fig, (left, right) = new_figure(2, width=5.6, sharey=True)
-    colors = [PALETTE[1] if name.startswith("ours") else PALETTE[0] for name in table.line]
+    colors = [PALETTE[1] if name.startswith("ours") else PALETTE[0] for name in table.method]
     place = range(len(table))[::-1]
     left.barh(place, table.jump, color=colors)
-    left.set(yticks=place, yticklabels=table.line, xlabel="validation loss after growth minus before, nats a token")
+    left.set(yticks=place, yticklabels=table.method, xlabel="validation loss after growth minus before, nats per token")
     left.set_title("Loss jump")
     reached = np.isfinite(table.saving)
     right.barh(place, table.saving.where(reached, 0), color=colors)
@@ -189,7 +192,7 @@ def draw_peers(table: pd.DataFrame) -> Figure:
 
 
 def _plain_log(ax) -> None:
-    """A logarithmic axis of FLOPs over less than a decade, with ticks that can be read."""
+    """A logarithmic axis of FLOPs over less than a decade, with readable ticks."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     power = math.floor(math.log10(high))

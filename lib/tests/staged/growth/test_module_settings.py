@@ -1,4 +1,4 @@
-"""What is set on the modules and not in the configuration: over growth, over a resume, and what cannot be carried."""
+"""Settings on the modules that the configuration does not know: after growth, after a resume, and refusals."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """A GPT-2 small enough to be trained in a second, for what notebook 03 shows at the moment of growth.
 
-A plain loop on purpose: the experiments look at single steps. Runs of several stages go through `effnn.staged`.
+The training loop is a plain one, since the experiments look at single steps. Runs of stages use `effnn.staged`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,15 +17,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from effnn.base import InvalidInput
 
 HELD_OUT = 32
-"""Sequences of the evaluation batch: the last of the tokens, never trained on."""
-_READ = 1_000_000  # tokens of a larger corpus that are looked at: more than such a model sees
+"""Sequences of the evaluation batch: the last tokens, which are never trained on."""
+_READ = 1_000_000  # tokens taken of a larger corpus, more than such a model trains on
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """The small model and how it is trained: AdamW, betas (0.9, 0.98), eps 1e-6, constant rate, no decay, no dropout.
+class ToyModel:
+    """The model and how it is trained: AdamW, betas (0.9, 0.98), eps 1e-6, constant rate, no decay, no dropout.
 
-    n_inner, tied: of the GPT-2. batch: sequences of `context` tokens a step.
+    layers, width, heads, context, n_inner, tied: of the GPT-2.
+    batch: sequences per step.
+    steps, learning_rate: of training.
     """
 
     layers: int = 2
@@ -50,51 +52,51 @@ def synthetic_tokens(length: int = 20_000, vocabulary: int = 64, seed: int = 0) 
     return torch.tensor(ids)
 
 
-def train_tiny(
-    tiny: Tiny, tokens: Sequence[int] | Tensor, seed: int = 0, dtype: torch.dtype = torch.float32
+def train_toy_model(
+    toy: ToyModel, tokens: Sequence[int] | Tensor, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[GPT2LMHeadModel, AdamW]:
-    """Return a GPT-2 after `tiny.steps` steps on `tokens`, and its AdamW.
+    """Return a GPT-2 after `toy.steps` steps on `tokens`, and its AdamW.
 
     tokens: 1-D ids, of which the last are held out; the vocabulary is the largest of them plus 1. Raises InvalidInput
     where they are too few for a batch and the held-out sequences.
     """
-    tokens = checked_tokens(tokens, tiny)
+    tokens = checked_tokens(tokens, toy)
     config = GPT2Config(
-        vocab_size=int(tokens.max()) + 1, n_positions=tiny.context, n_layer=tiny.layers, n_embd=tiny.width,
-        n_head=tiny.heads, n_inner=tiny.n_inner, tie_word_embeddings=tiny.tied, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=int(tokens.max()) + 1, n_positions=toy.context, n_layer=toy.layers, n_embd=toy.width,
+        n_head=toy.heads, n_inner=toy.n_inner, tie_word_embeddings=toy.tied, embd_pdrop=0.0, attn_pdrop=0.0,
         resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config).to(dtype)
-    optimizer = AdamW(model.parameters(), tiny.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
-    train(model, optimizer, batches(tokens, tiny, seed, tiny.steps))
+    optimizer = AdamW(model.parameters(), toy.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    train(model, optimizer, batches(tokens, toy, seed, toy.steps))
     return model, optimizer
 
 
-def checked_tokens(tokens: Sequence[int] | Tensor, tiny: Tiny) -> Tensor:
+def checked_tokens(tokens: Sequence[int] | Tensor, toy: ToyModel) -> Tensor:
     """The first million of 1-D token ids as int64. InvalidInput where they are not ids, or too few for `held_out`."""
     found = np.asarray(tokens[:_READ])
-    least = (HELD_OUT + tiny.batch) * tiny.context
+    least = (HELD_OUT + toy.batch) * toy.context
     if found.ndim != 1 or found.dtype.kind not in "iu" or len(found) < least or int(found.min()) < 0:
         raise InvalidInput(
-            f"expected at least {least} token ids of 0 or more in one dimension ({HELD_OUT} + {tiny.batch} sequences "
-            f"of {tiny.context}); got {found.dtype} of shape {found.shape}: give a longer text, or a shorter context"
+            f"expected at least {least} token ids of 0 or more in one dimension ({HELD_OUT} + {toy.batch} sequences "
+            f"of {toy.context}); got {found.dtype} of shape {found.shape}: give a longer text, or a shorter context"
         )
     return torch.from_numpy(found.astype(np.int64))
 
 
-def held_out(tokens: Sequence[int] | Tensor, tiny: Tiny) -> Tensor:
+def held_out(tokens: Sequence[int] | Tensor, toy: ToyModel) -> Tensor:
     """The evaluation batch (HELD_OUT, context)."""
-    return checked_tokens(tokens, tiny)[-HELD_OUT * tiny.context :].view(HELD_OUT, tiny.context)
+    return checked_tokens(tokens, toy)[-HELD_OUT * toy.context :].view(HELD_OUT, toy.context)
 
 
-def batches(tokens: Tensor, tiny: Tiny, seed: int, steps: int, first: int = 0) -> Iterator[Tensor]:
+def batches(tokens: Tensor, toy: ToyModel, seed: int, steps: int, first: int = 0) -> Iterator[Tensor]:
     """`steps` batches (batch, context) at random places, each drawn from the seed and its own step's number."""
-    windows = tokens[: -HELD_OUT * tiny.context].unfold(0, tiny.context, 1)
+    windows = tokens[: -HELD_OUT * toy.context].unfold(0, toy.context, 1)
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        yield windows[torch.randint(len(windows), (tiny.batch,), generator=generator)]
+        yield windows[torch.randint(len(windows), (toy.batch,), generator=generator)]
 
 
 def loss(model: GPT2LMHeadModel, batch: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a model holds besides its tensors and its configuration: settings on the modules, changed after it was built.
+"""Settings on the modules of a model that were changed after it was built: found, compared, and carried over.
 
-Dropout switched off, an eps, gradient checkpointing with its arguments: `save_pretrained` writes none of it and a model
-built from the configuration knows none of it. It is found by comparing with such a model (made without values), and
-carried over by growth and by a resume. Hooks and functions set on a module are not.
+Dropout that was switched off, another eps, gradient checkpointing with its arguments: neither the configuration nor
+`save_pretrained` knows of them. They are found by a comparison with a model that is built from the configuration
+(without values), and carried over by growth and by a resumed run. Hooks and functions set on a module are not.
 """
 
 import copy
@@ -20,7 +20,7 @@ _FLAG = "gradient_checkpointing"
 
 
 def skeleton(config: GPT2Config, kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """The model that a configuration makes, without values (meta device). kind: its class, which must need no more."""
+    """The model of a configuration, without values (meta device). kind: its class, which takes no more."""
     try:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
@@ -29,7 +29,7 @@ def skeleton(config: GPT2Config, kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) 
 
 
 def changed_settings(model: GPT2LMHeadModel) -> dict[tuple[str, str], object]:
-    """(Module name, attribute) -> value of all plain settings that are not as the configuration makes them."""
+    """(Module name, attribute) -> value, for all plain settings that differ from what the configuration gives."""
     found, made = {}, dict(skeleton(model.config, type(model)).named_modules())
     for name, module in model.named_modules():
         for key, value in _plain_attributes(module):
@@ -39,7 +39,7 @@ def changed_settings(model: GPT2LMHeadModel) -> dict[tuple[str, str], object]:
 
 
 def checkpointing_arguments(model: GPT2LMHeadModel) -> dict[str, str]:
-    """Module name -> arguments with which it recomputes its activations; empty without gradient checkpointing."""
+    """Module name -> arguments of its gradient checkpointing; empty without."""
     return {
         name: _described(getattr(module, _FUNCTION, None))
         for name, module in model.named_modules()
@@ -50,7 +50,7 @@ def checkpointing_arguments(model: GPT2LMHeadModel) -> dict[str, str]:
 def carry_over(model: GPT2LMHeadModel, target: GPT2LMHeadModel, source: Callable[[str], str]) -> None:
     """Give `target` what `model` holds besides tensors: settings, train or eval mode, checkpointing, generation.
 
-    source: name of a module of the target -> name of the one in `model` that it comes from.
+    source: name of a module of the target -> name of its origin in `model`.
     """
     changed: dict[str, dict[str, object]] = {}
     for (name, key), value in changed_settings(model).items():
@@ -63,13 +63,13 @@ def carry_over(model: GPT2LMHeadModel, target: GPT2LMHeadModel, source: Callable
         if hasattr(origin, _FUNCTION):
             setattr(module, _FUNCTION, getattr(origin, _FUNCTION))
     if getattr(model, "_require_grads_hooks", None):
-        # set where activations are recomputed: without, frozen embeddings would cut off the gradients behind them
+        # goes with gradient checkpointing: without it, frozen embeddings would block the gradients of later layers
         target.enable_input_require_grads()
     target.generation_config = copy.deepcopy(model.generation_config)
 
 
 def check_modules(model: GPT2LMHeadModel) -> None:
-    """InvalidInput for a module or a tensor that is another than the configuration makes: replaced, quantized, cut."""
+    """InvalidInput for a module or tensor that does not follow from the configuration: replaced, quantized or cut."""
     made = skeleton(model.config, type(model))
     kinds = {name: type(module) for name, module in made.named_modules()}
     for name, module in model.named_modules():
@@ -82,7 +82,7 @@ def check_modules(model: GPT2LMHeadModel) -> None:
                 "Dropout that should do nothing, or take the model before it was quantized or wrapped"
             )
     if kinds:
-        raise InvalidInput(f"the model has no {next(iter(kinds))}, which its configuration makes: mend one of them")
+        raise InvalidInput(f"the model has no {next(iter(kinds))}, which its configuration makes: correct one of them")
     shapes = {name: parameter.shape for name, parameter in made.named_parameters()}
     for name, parameter in model.named_parameters():
         if name in shapes and parameter.shape != shapes[name]:
@@ -93,13 +93,13 @@ def check_modules(model: GPT2LMHeadModel) -> None:
 
 
 def _kind(kind: type, other: type | None) -> str:
-    """The name of a class, with that of its module where the other one is called the same."""
+    """The name of a class, with its module's where both classes have the same name."""
     same = other is not None and other.__name__ == kind.__name__
     return f"{kind.__module__}.{kind.__name__}" if same else kind.__name__
 
 
 def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
-    # a whole model keeps names and records there, which decide nothing
+    # other attributes of a whole model are names and records that change nothing
     only = (_FLAG,) if isinstance(module, PreTrainedModel) else None
     for key, value in vars(module).items():
         if key.startswith("_") or key == "training" or (only and key not in only):
@@ -109,7 +109,7 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _described(function: object) -> str:
-    """Arguments of a partial function in words that are the same in every process."""
+    """A partial function and its arguments in words, the same in every process."""
     settings = getattr(function, "keywords", None) or {}
     words = (
         f"{key}={value!r}" if isinstance(value, _PLAIN) else f"{key}={_name(value)}" for key, value in settings.items()

@@ -1,14 +1,15 @@
-"""A trained language model on text that it was not trained on: perplexity, and the last words of LAMBADA.
+"""The end point of a run: its loss on the validation and test split, and on texts that it was not trained on.
 
-As in the evaluations of Radford et al. 2019 and Shen et al. 2022: WikiText-103 by perplexity a token of our own
-tokenizer, LAMBADA by the share of passages whose last word is the model's first choice, token by token. No detokenizing
-and no stop-word filter, so numbers are comparable within one run, not with published ones.
+The zero-shot evaluations follow Radford et al. 2019 and Shen et al. 2022: WikiText-103 by perplexity per token of our
+own tokenizer, LAMBADA by the share of passages whose last word is the model's first choice, token by token. There is no
+detokenizing and no stop-word filter, so numbers are comparable within one run, not with published ones.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
@@ -19,18 +20,22 @@ from effnn.staged.training.step import token_loss
 
 
 @torch.no_grad()
-def perplexity(model: GPT2LMHeadModel, ids: object, context: int, rows: int = 8) -> float:
-    """Return exp of the mean loss over consecutive windows of `context` tokens, each seen from its own start."""
-    count = (len(ids) - 1) // context
-    windows = validation_windows(ids, count, context, model.config.vocab_size)
+def mean_loss(model: GPT2LMHeadModel, windows: Tensor, rows: int) -> float:
+    """Return the mean loss (nats per token) over windows (sequences, context + 1), `rows` at a time."""
     parts = windows.split(rows)
     total = math.fsum(float(token_loss(model, part.to(model.device), "sum")) for part in parts)
-    return math.exp(total / windows[:, 1:].numel())
+    return total / windows[:, 1:].numel()
+
+
+def perplexity(model: GPT2LMHeadModel, ids: object, context: int, rows: int = 8) -> float:
+    """Return exp of the mean loss over consecutive windows of `context` tokens, without tokens before the window."""
+    count = (len(ids) - 1) // context
+    return math.exp(mean_loss(model, validation_windows(ids, count, context, model.config.vocab_size), rows))
 
 
 @torch.no_grad()
 def last_words(model: GPT2LMHeadModel, examples: Sequence[corpus.LambadaExample], coder: Coder) -> dict[str, float]:
-    """Return accuracy (share of last words guessed whole) and perplexity a word; long contexts are cut in front."""
+    """Return accuracy (share of last words guessed whole) and perplexity per word; long contexts lose their start."""
     longest, right, total = model.config.n_positions, 0, 0.0
     for example in examples:
         word = coder.encode(f" {example.word}")
@@ -41,8 +46,8 @@ def last_words(model: GPT2LMHeadModel, examples: Sequence[corpus.LambadaExample]
     return {"lambada_accuracy": right / len(examples), "lambada_perplexity": math.exp(total / len(examples))}
 
 
-def evaluate(model: GPT2LMHeadModel, coder: Coder, sources: dict[str, str], context: int) -> dict[str, float]:
-    """Return the measures of the texts named: "wikitext-103" and "lambada", each "hub" or a path."""
+def zero_shot(model: GPT2LMHeadModel, coder: Coder, sources: dict[str, str], context: int) -> dict[str, float]:
+    """Return the measures of the texts in `sources`: "wikitext-103" and "lambada", each "hub" or a path."""
     found = {}
     if "wikitext-103" in sources:
         text = corpus.load("wikitext-103", sources["wikitext-103"], coder)

@@ -1,8 +1,8 @@
-"""The processes of a run under torchrun, and how they stay together when one of them fails.
+"""The ranks of a run under torchrun, and how all of them stop when one fails.
 
-Work that only the first rank does (reading and writing checkpoints, the stop rule) reports its result or its error to
-all, so that nobody waits in a collective for a rank that has given up. Without torch.distributed there is one rank and
-nothing is communicated.
+Only rank 0 writes checkpoints and asks the stop rule. It reports the result or the error to all ranks, so that none
+waits in a collective for a rank that has failed. Without torch.distributed there is one rank, and nothing is
+communicated.
 """
 
 import os
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. device: where it trains, and where its collectives take place."""
+    """This process among those of the run. device: where it trains and where its collectives run."""
 
     rank: int
     size: int
@@ -34,7 +34,7 @@ class Ranks:
         """
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise InvalidInput("device='cuda': this torch sees no GPU; give device='cpu', or install a CUDA build")
+            raise InvalidInput("device='cuda': this torch sees no GPU: give device='cpu', or install a CUDA build")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         if dist.is_available() and dist.is_initialized():

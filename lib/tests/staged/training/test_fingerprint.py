@@ -1,4 +1,4 @@
-"""A folder is tied to all that decides the curve of its run: what differs is named, the rest goes on."""
+"""The fingerprint of a run: a folder is refused, by name, for whatever changes the curve, and for nothing else."""
 
 import dataclasses
 import json

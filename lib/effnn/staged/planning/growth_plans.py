@@ -1,8 +1,8 @@
-"""The cheapest schedule of every growth path under a fitted loss law (Shen et al. 2022, the general optimizer).
+"""The cheapest growth plan of every growth path under a fitted loss law (Shen et al. 2022, the general optimizer).
 
-A path says in which steps a small model becomes the target. For each, the switch points are found that cost the least
-for a given final loss, all stages at one batch size. What a real run does instead of the law is not seen here: see
-schedule.py for projections from measured curves.
+A path is the sequence of growths that makes the target of a small model; a plan adds when each of them happens. The
+plan of a path is the one that costs the least for a given final loss, with all stages at one batch size. A real run
+may differ from the law: see projection.py for projections from measured curves.
 """
 
 import math
@@ -10,8 +10,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.optimize import minimize_scalar
+
 from effnn.base import InvalidInput
-from effnn.staged.planning.curves import LossLaw
+from effnn.staged.planning.loss_law import LossLaw
 
 PATHS = ("2D", "2W", "2D2W", "4D", "4W", "2D->2D", "2W->2W", "2D->2W", "2W->2D")
 """Growth paths: 2D doubles the depth (N x 2), 2W the width (N x 4), 2D2W both at once; -> begins a further stage."""
@@ -21,7 +24,11 @@ PATHS = ("2D", "2W", "2D2W", "4D", "4W", "2D->2D", "2W->2W", "2D->2W", "2W->2D")
 class PlannedStage:
     """One stage of a plan.
 
-    first, last: steps of a from-scratch model of this size at its start and end. loss: at its end. flops: 6 N a token.
+    layers, width: of the model.
+    first, last: steps after which a model of this size from scratch has the losses at the start and the end of the
+    stage.
+    loss: at the end of the stage.
+    flops: of the stage, 6 N per token.
     """
 
     layers: int
@@ -38,11 +45,12 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A growth path with its best switch points, to the same loss as `scratch_flops` buys the target from scratch.
+class GrowthPlan:
+    """The cheapest plan of a growth path to a given loss of the target. FLOPs are 6 N per token.
 
-    continued_flops: what the smallest model alone would need for that loss, infinite where it never gets there; a
-    saving means little where this is less than `flops`. FLOPs are 6 N a token.
+    scratch_flops: what the target needs from scratch for that loss.
+    continued_flops: what the smallest model needs for it without growth, infinite if it never has that loss. Where this
+    is less than `flops`, growing does not pay.
     """
 
     path: str
@@ -61,7 +69,7 @@ class Schedule:
         return 1 - self.flops / self.scratch_flops
 
 
-def best_schedules(
+def best_plans(
     law: LossLaw,
     layers: int,
     width: int,
@@ -69,17 +77,22 @@ def best_schedules(
     paths: Sequence[str] | None = None,
     earliest: float = 1.0,
     tokens_per_step: float = 512 * 1024,
-) -> tuple[Schedule, ...]:
-    """Return the cheapest schedule of each path to a target of `layers` and `width` with `loss`, cheapest path first.
+) -> tuple[GrowthPlan, ...]:
+    """The cheapest plan of each path to the target with `loss`, cheapest plan first.
 
-    Every stage enters the law's curve of its own N at the step with equal loss. At equal loss the costs of the switches
-    add up, -n_i+1 S(n_i+1, L_i) + n_i S(n_i, L_i), so each is found alone, by a grid over log S and golden section. No
-    growth before step `earliest`, where the law need not hold (give the warm-up's end), and none beyond `loss`: a last
-    stage without steps says that growing does not pay. A middle stage without steps is left out.
+    Every stage enters the law's curve of its own size at the step of equal loss. The cost of a plan is then a sum over
+    its growths, n_i S(n_i, L_i) - n_(i+1) S(n_(i+1), L_i), so each L_i is found alone. A last stage without steps says
+    that growing does not pay; a middle stage without steps is left out.
 
-    paths: any like those in `PATHS` (the default: those of them that divide the target). Raises InvalidInput for an
-    unknown path, one that does not divide the target, and a loss that the target cannot reach, or only before
-    `earliest`.
+    law: fitted, or `KAPLAN`.
+    layers, width: of the target.
+    loss: of the target at the end, nats per token.
+    paths: any like those in `PATHS`; by default those of them that divide the target.
+    earliest: no growth before this step, where the law need not hold: the end of the warm-up.
+    tokens_per_step: of the batch.
+
+    Raises InvalidInput for an unknown path, one that does not divide the target, and a loss that the target cannot
+    reach, or only before `earliest`.
     """
     n_target = 12 * layers * width**2
     end = law.step(n_target, loss)
@@ -95,8 +108,8 @@ def best_schedules(
     wrong = [path for path, shapes in sizes.items() if shapes is None]
     if wrong:
         raise InvalidInput(f"{layers} layers of width {width} cannot be divided as {', '.join(wrong)} says")
-    found = [_schedule(law, path, shapes, loss, earliest, tokens_per_step) for path, shapes in sizes.items()]
-    return tuple(sorted(found, key=lambda schedule: schedule.flops))
+    found = [_cheapest(law, path, shapes, loss, earliest, tokens_per_step) for path, shapes in sizes.items()]
+    return tuple(sorted(found, key=lambda plan: plan.flops))
 
 
 def _sizes(path: str, layers: int, width: int) -> list[tuple[int, int]] | None:
@@ -114,14 +127,14 @@ def _sizes(path: str, layers: int, width: int) -> list[tuple[int, int]] | None:
     return shapes[::-1]
 
 
-def _schedule(
+def _cheapest(
     law: LossLaw, path: str, shapes: list[tuple[int, int]], loss: float, earliest: float, tokens: float
-) -> Schedule:
+) -> GrowthPlan:
     n = [12 * layers * width**2 for layers, width in shapes]
     scratch, continued = (6 * size * tokens * law.step(size, loss) for size in (n[-1], n[0]))
     switches = _switches(law, n, loss, earliest)
     while (rising := next((i for i in range(len(switches) - 1) if switches[i] < switches[i + 1]), None)) is not None:
-        # stage i + 1 would be left before it is entered: without it the cost is less
+        # stage rising + 1 would end before it begins: the plan without it costs less
         shapes, n = ([*items[: rising + 1], *items[rising + 2 :]] for items in (shapes, n))
         switches = _switches(law, n, loss, earliest)
     stages = []
@@ -130,14 +143,14 @@ def _schedule(
         until = switches[i] if i < len(switches) else loss
         last = law.step(n[i], until)
         stages.append(PlannedStage(layers, width, first, last, until, 6 * n[i] * tokens * (last - first)))
-    return Schedule(path, tuple(stages), scratch, continued)
+    return GrowthPlan(path, tuple(stages), scratch, continued)
 
 
 def _switches(law: LossLaw, n: list[int], loss: float, earliest: float) -> list[float]:
     """Loss at which to grow from each size to the next."""
     losses = []
     for small, large in zip(n, n[1:], strict=False):
-        # a small model may never reach the final loss; it is then left long before 10^4 x the target's steps
+        # a small model may never reach the final loss; growth then comes long before 10^4 x the target's steps
         low, high = math.log(earliest), math.log(min(law.step(small, loss), 1e4 * law.step(n[-1], loss)))
 
         def cost(log_step: float, small: int = small, large: int = large) -> float:
@@ -149,13 +162,9 @@ def _switches(law: LossLaw, n: list[int], loss: float, earliest: float) -> list[
 
 
 def _minimum(cost: Callable[[float], float], low: float, high: float, grid: int = 64) -> float:
-    """Where `cost` is least between low and high: the best of a grid, then golden section around it."""
-    points = [low + (high - low) * i / grid for i in range(grid + 1)]
+    """Where `cost` is least between low and high: the best of a grid, refined between its neighbours."""
+    points = np.linspace(low, high, grid + 1)
     best = min(range(grid + 1), key=lambda i: cost(points[i]))
-    low, high = points[max(best - 1, 0)], points[min(best + 1, grid)]
-    ratio = (math.sqrt(5) - 1) / 2
-    while high - low > 1e-9:
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if cost(left) < cost(right) else (left, high)
-    middle = (low + high) / 2
-    return min((points[best], middle), key=cost)
+    around = points[max(best - 1, 0)], points[min(best + 1, grid)]
+    refined = minimize_scalar(cost, bounds=around, method="bounded", options={"xatol": 1e-9}).x
+    return min((float(points[best]), float(refined)), key=cost)
