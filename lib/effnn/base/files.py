@@ -54,7 +54,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `target` on success and is removed on an error.
 
-    It is made in the same parent folder, and an earlier `target` is replaced. Raises CannotWrite where the disk refuses.
+    It is made in the same parent folder; an earlier `target` is replaced. Raises CannotWrite where the disk refuses.
     """
     target = Path(target)
     with writing(target):
