@@ -1,4 +1,4 @@
-"""What the ranks of test_comm_edges.py run: values and arguments at the edge of what a group takes."""
+"""What the ranks of test_edges.py run: values and arguments at the edge of what a group takes."""
 
 import os
 from datetime import timedelta

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput, NotAvailable
-from effnn.comm.groups.lane.lane import Call, Lane, LaneWork, LibraryError, Request
-from effnn.comm.groups.lane.requests import AllOf
+from effnn.comm.groups.lane.call import AllOf, Call, LibraryError, Request
+from effnn.comm.groups.lane.handle import LaneWork
+from effnn.comm.groups.lane.lane import Lane
 from effnn.comm.groups.process_group import LaneProcessGroup
 from effnn.comm.groups.tensors import pieces
 from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view

@@ -17,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.comm.groups.arguments import Checks, guarded
-from effnn.comm.groups.identity import NamedGroup
-from effnn.comm.groups.lane.agreement import Agreement, describe, wanted
-from effnn.comm.groups.lane.lane import Call, CollectiveFailed, Lane, LaneWork, LibraryError, Request
-from effnn.comm.groups.lane.requests import AllOf, Steps
-from effnn.comm.groups.monitored import monitored_barrier
-from effnn.comm.groups.other_devices import other_device_group
+from effnn.comm.groups.checks import Checks, guarded
+from effnn.comm.groups.identity import NamedGroup, other_device_group
+from effnn.comm.groups.lane.call import AllOf, Call, CollectiveFailed, LibraryError, Request, Steps
+from effnn.comm.groups.lane.handle import LaneWork
+from effnn.comm.groups.lane.lane import Lane
+from effnn.comm.groups.store import Comparison, comparison_wanted, describe, monitored_barrier
 from effnn.comm.groups.tensors.layout import (
     Finish,
     as_bytes,
@@ -54,7 +53,9 @@ class LaneProcessGroup(NamedGroup):
         super().__init__(store, rank, size, timeout)
         self._lane = lane
         self._checks = Checks(self.NAME, size, self._compares_int16, self._largest_tag)
-        self._agreement = Agreement(dist.PrefixStore("calls/", self._store), rank, size) if wanted() else None
+        self._comparison = (
+            Comparison(dist.PrefixStore("calls/", self._store), rank, size) if comparison_wanted() else None
+        )
         self._closed = False
         self._barriers = 0
         self._others: dict[str, dist.ProcessGroup] = {}  # device type -> group for tensors that are not on the CPU
@@ -451,11 +452,11 @@ class LaneProcessGroup(NamedGroup):
         """
         self._expect_open(name)
 
-        text = describe(name, [flat] if flat is not None else result, alike == "sizes") if self._agreement else ""
+        text = describe(name, [flat] if flat is not None else result, alike == "sizes") if self._comparison else ""
 
         def run() -> Request | None:
-            if self._agreement is not None and alike:
-                self._agreement.check(text)
+            if self._comparison is not None and alike:
+                self._comparison.check(text)
             if flat is not None and not flat.numel():
                 return None
             try:

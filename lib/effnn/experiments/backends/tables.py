@@ -4,7 +4,6 @@ Slide 24 lists which of eleven operations each backend of torch.distributed supp
 tensors are summed by gloo alone and that oneCCL is the choice on a CPU.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effnn.base import InvalidInput, NotAvailable
+from effnn.base import NotAvailable
 from effnn.comm import available, launch, unavailable
 from effnn.comm.emulation import network
 from effnn.comm.emulation.link_model import Link, ring_ms
 from effnn.comm.probing import matrix, timing
-from effnn.comm.probing.operations import OPERATIONS, SPARSE
+from effnn.comm.probing.answers import Status
+from effnn.comm.probing.matrix import How
+from effnn.comm.probing.operations import OPERATIONS, SPARSE, SPARSE_SUMS
 from effnn.report import published
 
-SLIDE = "talk, backend slide (24)"
 COLUMNS = tuple((backend, device) for backend in ("gloo", "mpi", "nccl") for device in ("cpu", "cuda"))
 """The talk's columns, in its order."""
 
@@ -32,7 +32,7 @@ TIMED = ("gloo", "ccl", "mpi4py")
 _PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
 """Seconds that timed ranks may take: it must end what hangs, and not what a busy machine slows down."""
 
-_YES, _NO, _OPEN = "yes", "no", "?"
+_YES, _NO = "yes", "no"
 
 _REASONS = {
     ("gloo", "cpu"): "torch has added it to gloo since the talk",
@@ -43,30 +43,8 @@ _REASONS = {
 
 
 def talk_table() -> pd.DataFrame:
-    """Return the talk's table, one row a cell: backend, device, operation, supported (yes, no or ?)."""
-    rows = published.load("talk")
-    rows = rows[rows.source == SLIDE]
-    cells = []
-    for row in rows.itertuples():
-        device = {"CPU": "cpu", "GPU": "cuda"}[row.setting]
-        for operation, supported in _read(row.note).items():
-            cells.append({"backend": row.method, "device": device, "operation": operation, "supported": supported})
-    return pd.DataFrame(cells)
-
-
-def _read(note: str) -> dict[str, str]:
-    """One row of the published file in words -> operation -> yes, no or ?."""
-    named, _, rest = note.partition(";")
-    words = set(re.findall("|".join(sorted(OPERATIONS, key=len, reverse=True)), note))
-    if note == "none":
-        return dict.fromkeys(OPERATIONS, _NO)
-    if "all but" in note:
-        usual = _OPEN if note.startswith("unknown") else _YES
-        return {name: _NO if name in words else usual for name in OPERATIONS}
-    if not rest.strip().startswith("not "):
-        raise InvalidInput(f"a row of the published backend table cannot be read: {note!r}")
-    yes = set(re.findall(r"\w+", named))
-    return {name: _YES if name in yes else _NO for name in OPERATIONS}
+    """Return the talk's table, one row per cell: backend, device, operation, supported (yes, no or ?), source."""
+    return published.load("talk_backends")
 
 
 def probe_matrix(operations: Iterable[str] = (), world_size: int = 2, other: str = "") -> matrix.Probe:
@@ -92,19 +70,25 @@ def compare(probe: matrix.Probe) -> pd.DataFrame:
             said = talk.get((backend, device, operation), "")
             if cell is None:
                 continue
-            row = {"backend": backend, "device": device, "operation": operation, "talk": said, "status": cell.status}
+            row = {
+                "backend": backend,
+                "device": device,
+                "operation": operation,
+                "talk": said,
+                "status": str(cell.status),
+            }
             answer = _answer(cell)
             differs = (answer != said) if said in (_YES, _NO) and answer else None
             story = _story(backend, device, said, answer, differs, cell)
-            rows.append(row | {"how": cell.how, "differs": differs, "story": story})
+            rows.append(row | {"how": str(cell.how), "differs": differs, "story": story})
     return pd.DataFrame(rows)
 
 
 def _answer(cell: matrix.Cell) -> str:
     """yes, no, or empty where this machine cannot say."""
-    if cell.status in ("not built", "no device"):
+    if not cell.status.answered:
         return ""
-    return _YES if cell.status == "ok" else _NO
+    return _YES if cell.status is Status.OK else _NO
 
 
 def _story(backend: str, device: str, said: str, answer: str, differs: bool | None, cell: matrix.Cell) -> str:
@@ -112,23 +96,23 @@ def _story(backend: str, device: str, said: str, answer: str, differs: bool | No
         return _REASONS.get((backend, device), "") if answer == _YES else cell.message
     if not answer or answer == _NO:
         return "not run: nccl moves GPU memory only" if (backend, device) == ("nccl", "cpu") else cell.message
-    return "probed elsewhere: " + cell.message if "probed on" in cell.message else ""
+    return f"probed on {cell.machine}" if cell.machine else ""
 
 
 def sparse_table(probe: matrix.Probe) -> pd.DataFrame:
     """Return the sparse rows on the backends that take CPU tensors: backend, operation, status, how, message."""
     rows = [
-        {"backend": cell.backend, "operation": cell.operation, "status": cell.status, "how": cell.how}
+        {"backend": cell.backend, "operation": cell.operation, "status": str(cell.status), "how": str(cell.how)}
         | {"message": cell.message}
         for cell in probe.cells
-        if cell.operation in SPARSE and cell.status not in ("not built", "no device")
+        if cell.operation in SPARSE and cell.status.answered
     ]
     return pd.DataFrame(rows, columns=["backend", "operation", "status", "how", "message"])
 
 
 def sparse_backends(table: pd.DataFrame) -> list[str]:
     """Backends whose own (native) all_reduce of sparse tensors gives the right sum, in float32 and in int8."""
-    native = table[table.operation.str.startswith("sparse") & (table.status == "ok") & (table.how == "native")]
+    native = table[table.operation.isin(SPARSE_SUMS) & (table.status == Status.OK) & (table.how == How.NATIVE)]
     counts = native.groupby("backend").size()
     return sorted(counts[counts == 2].index)
 
@@ -143,9 +127,9 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
     since = answered[answered.talk.eq(_NO) & answered.differs.eq(True)]
     ours = table[table.backend.eq("ccl")]
     done = ours[ours.status.eq("ok")].groupby("how").operation.agg(list)
-    own = {how: done.get(how, []) for how in ("native", "composed", "delegated")}
+    own = {how: done.get(how, []) for how in map(str, How)}
     summing = sparse_backends(sparse)
-    on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.str.startswith("sparse")]
+    on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.isin(SPARSE_SUMS)]
     found = {
         "comm.matrix": (len(fails), f"of {int(answered.talk.eq(_YES).sum())} that could be probed{_listed(fails)}"),
         "comm.matrix_since": (
@@ -162,7 +146,7 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
     if on_nccl.empty:
         needs = "needs a GPU: save a probe on a machine with one (effnn.comm.probing.matrix) and name it as other_probe"
         found["comm.sparse_nccl"] = (None, needs)
-    if not ours.status.isin(["ok", "wrong result", "error", "hang"]).any():
+    if not ours.status.isin([str(status) for status in Status if status.answered]).any():
         found["comm.oneccl_support"] = (None, "needs oneCCL (Linux on x86-64: make env)")
     return found
 

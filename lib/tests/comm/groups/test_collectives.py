@@ -10,7 +10,7 @@ from workers import collectives as workers
 from effnn.comm import launch
 from effnn.comm.groups import process_group
 from effnn.comm.groups.mpi import MPIProcessGroup
-from effnn.comm.groups.oneccl import OneCCLProcessGroup
+from effnn.comm.groups.oneccl.group import OneCCLProcessGroup
 
 OURS = parameters(("ccl", "mpi4py"))
 BUCKETS_MB = (0.001, 0.005, 0.02, 25)
@@ -112,18 +112,18 @@ def test_everything_works_while_the_ranks_compare_their_calls(backend):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_a_rank_that_leaves_late_neither_hangs_nor_crashes(backend):
-    outcomes = launch.run_outcomes(workers.leave_alone, 2, backend, args=(8,), timeout=60, group_timeout=20, grace=20)
-    assert [(outcome.ok, outcome.result, outcome.exit_code) for outcome in outcomes] == [(True, False, 0)] * 2
+    results = launch.run_ranks(workers.leave_alone, 2, backend, args=(8,), timeout=60, group_timeout=20, grace=20)
+    assert [(result.ok, result.result, result.exit_code) for result in results] == [(True, False, 0)] * 2
 
 
 @pytest.mark.parametrize("how", ["plain", "ddp"])
 @pytest.mark.parametrize("backend", parameters())
 def test_a_killed_rank_is_an_error_on_all_others_within_the_time_out(backend, how):
-    outcomes = launch.run_outcomes(
+    results = launch.run_ranks(
         workers.die_while_reducing, 3, backend, args=(2, how), timeout=100, group_timeout=6, grace=40
     )
-    assert "SIGKILL" in outcomes[2].error
-    for outcome in outcomes[:2]:
-        assert outcome.ok, f"rank {outcome.rank}: {outcome.error}\n{outcome.stderr}"
-        kind, message, seconds = outcome.result
+    assert "SIGKILL" in results[2].error
+    for result in results[:2]:
+        assert result.ok, f"rank {result.rank}: {result.error}\n{result.stderr}"
+        kind, message, seconds = result.result
         assert message and seconds < 6 + 10, (kind, message, seconds)  # the time-out and a busy machine's delay

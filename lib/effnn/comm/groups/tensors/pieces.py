@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from effnn.comm.groups.lane.lane import Request
-from effnn.comm.groups.lane.requests import AllOf, Steps
+from effnn.comm.groups.lane.call import AllOf, Request, Steps
 
 LARGEST = 1 << 30
 """Bytes of the memory that one call of the library gets at most."""

@@ -26,8 +26,9 @@ from torch._C._distributed_c10d import PythonCallbackWork
 
 from effnn.base import InvalidInput
 from effnn.comm.groups.interfaces import communication_interface
-from effnn.comm.groups.lane.lane import Call, Lane, skip_destructors
-from effnn.comm.groups.oneccl_library import OPERATIONS, TYPES, Communicator, library
+from effnn.comm.groups.lane.call import Call
+from effnn.comm.groups.lane.lane import Lane, skip_destructors
+from effnn.comm.groups.oneccl.library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.groups.process_group import LaneProcessGroup
 from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view
 

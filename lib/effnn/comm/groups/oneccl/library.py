@@ -15,8 +15,8 @@ from pathlib import Path
 
 from effnn.base import NotAvailable
 from effnn.comm.groups.interfaces import communication_interface
-from effnn.comm.groups.lane import thread_guard, waiting
-from effnn.comm.groups.lane.lane import LibraryError
+from effnn.comm.groups.lane.call import LibraryError
+from effnn.comm.groups.oneccl import thread_guard, waiting
 
 # Each needs the ones before it; loaded by absolute path, so LD_LIBRARY_PATH plays no part.
 _LIBRARIES = (
@@ -182,7 +182,7 @@ def library() -> Library:
 
 
 def _set_environment(folder: Path) -> None:
-    """What the library reads when it starts, but for how it waits (lane/waiting.py). The user's values stay."""
+    """What the library reads when it starts, but for how it waits (waiting.py). The user's values stay."""
     interface = communication_interface()
     wanted = {
         "CCL_PLUGIN": "ONECCL_LEGACY_CPU",  # the others want a SYCL device
