@@ -83,8 +83,11 @@ def init_process_group(
 ) -> None:
     """torch.distributed.init_process_group, with a clear refusal and with what MPI's launcher leaves out.
 
-    backend: a name of BACKENDS, or a mixed configuration such as "cpu:ccl,cuda:nccl". Without rank and world_size they
-    come from the environment (torchrun's RANK and WORLD_SIZE); for mpi4py, from MPI itself.
+    backend: a name of BACKENDS, or a mixed configuration such as "cpu:ccl,cuda:nccl".
+    init_method: where the ranks meet, as of torch.
+    rank, world_size: by default from the environment (torchrun's RANK and WORLD_SIZE); for mpi4py, from MPI itself.
+    timeout: of every call that brings none of its own.
+    options: other arguments of torch's function.
 
     Raises NotAvailable with the sentence of `unavailable`.
     """

@@ -1,11 +1,11 @@
 """A first look at a machine or a cluster: make a process group and run the eleven operations, with their value checks.
 
-    python -m effnn.comm.check                               two processes here, for every backend that can be had
+    python -m effnn.comm.check                               two processes here, for every backend that is available
     python -m effnn.comm.check ccl                           the same for one backend
     torchrun --nproc-per-node 2 -m effnn.comm.check gloo     as torchrun's ranks, on one machine or several
     mpiexec -n 2 python -m effnn.comm.check mpi4py           as MPI's ranks
 
-Rank 0 prints one line an operation. Exit code 0: every value is right; 1: something failed; 2: no such backend.
+Rank 0 prints one line per operation. Exit code 0: every value is right; 1: something failed; 2: no such backend.
 torchrun makes 1 of every code but 0, and mpiexec has codes of its own for ranks that were lost.
 """
 

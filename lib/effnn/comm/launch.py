@@ -1,4 +1,4 @@
-"""Start a function in several real processes, one a rank, and bring back what each returned.
+"""Start a function in several real processes, one per rank, and bring back what each returned.
 
 Every rank is a process of its own (launching/worker.py) with a process group of torch.distributed around the call. The
 ranks meet through a file in a private folder, so no port is chosen and launches side by side cannot clash. This starts
@@ -112,14 +112,20 @@ def run_ranks(
     threads: int = 1,
     grace: float = 0.0,
 ) -> list[RankResult]:
-    """Call fn(*args, **kwargs) in `world_size` processes; return the `RankResult` of each, in rank order.
+    """Call a function in `world_size` processes; return the `RankResult` of each, in rank order.
 
     fn: a top-level function of a module, or "package.module:function". It finds its rank in torch.distributed, or in
-    RANK and WORLD_SIZE of the environment. backend: a name of `effnn.comm.backends`, or None for no process group;
-    "mpi4py" starts the ranks through mpiexec. nodes: the ranks are spread over them in equal consecutive blocks. env:
-    more variables for the ranks; they win over those set here. timeout: seconds for everything. group_timeout: seconds
-    after which a collective that cannot complete is an error. threads: torch threads of a rank. grace: seconds that
-    the others have to end by themselves once a rank has failed; the rest is ended, and so are all when this raises.
+      RANK and WORLD_SIZE of the environment.
+    world_size: number of ranks.
+    backend: a name of `effnn.comm.backends`, or None for no process group; "mpi4py" starts the ranks through mpiexec.
+    args, kwargs: what the function is called with.
+    nodes: the ranks are spread over them in equal consecutive blocks.
+    env: more variables for the ranks; they win over those set here.
+    timeout: seconds for everything.
+    group_timeout: seconds after which a collective that cannot complete is an error.
+    threads: torch threads per rank.
+    grace: seconds that the others have to end by themselves once a rank has failed. Ranks that still run after that
+      are ended, and all of them are where this function raises.
 
     What a rank prints goes to the log `effnn.comm.launch`, level INFO. Raises InvalidInput for arguments that do not
     fit or cannot be sent to another process, and NotAvailable where there is no mpiexec.

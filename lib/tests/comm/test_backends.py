@@ -1,4 +1,4 @@
-"""Names of backends: what can be had, why not, who provides "ccl", and mixed configurations."""
+"""Names of backends: what is available, why not, who provides "ccl", and mixed configurations."""
 
 import importlib.metadata
 import importlib.util
@@ -36,7 +36,7 @@ def our_ccl(monkeypatch):
     monkeypatch.setattr(backends, "ccl_provider", lambda: "effnn")
 
 
-# What can be had here
+# What is available here
 
 
 def test_every_backend_is_had_or_refused_in_one_sentence():

@@ -42,7 +42,7 @@ def place():
 
 
 def reduced(operation, values):
-    """What all_reduce, reduce and the two reduce_scatters make of one row of values a rank."""
+    """What all_reduce, reduce and the two reduce_scatters make of one row of values per rank."""
     rank, size = place()
     operation = getattr(dist.ReduceOp, operation)
     found = []

@@ -106,9 +106,9 @@ class Checks:
             raise InvalidInput(f"{name}: expected as many outputs as inputs, got {len(lists)} and {len(others)}")
 
     def parts(self, name: str, parts: Sequence[Tensor], tensor: Tensor, mine: int | None = None) -> None:
-        """One part a rank, of one type; that of rank `mine` (None: every one) of the tensor's size."""
+        """One part per rank, of one type; that of rank `mine` (None: every one) of the tensor's size."""
         if len(parts) != self.size:
-            raise InvalidInput(f"{name}: expected {self.size} tensors, one a rank, got {len(parts)}")
+            raise InvalidInput(f"{name}: expected {self.size} tensors, one per rank, got {len(parts)}")
         if any(part.dtype != tensor.dtype for part in parts):
             raise InvalidInput(f"{name}: expected every tensor to be {tensor.dtype}")
         for part in parts if mine is None else [parts[mine]]:

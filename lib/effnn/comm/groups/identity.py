@@ -78,7 +78,11 @@ class NamedGroup(dist.ProcessGroup):
 def other_device_group(
     owner: dist.ProcessGroup, device: str, store: dist.Store, rank: int, size: int, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Return a group over the backend that the configuration of `owner` names for `device`.
+    """Return a group for the tensors of another device.
+
+    owner: the group in whose configuration the backend of that device is named.
+    device: its type, such as "cuda".
+    store, rank, size, timeout: as of any group.
 
     Raises InvalidInput when it names none, NotAvailable when this torch was built without it.
     """

@@ -26,7 +26,7 @@ from effnn.comm.groups.lane.handle import LaneWork
 from effnn.comm.groups.lane.lane import Lane
 from effnn.comm.groups.process_group import LaneProcessGroup
 from effnn.comm.groups.tensors import pieces
-from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view
+from effnn.comm.groups.tensors.layout import as_bytes, flat_in_place, flat_view
 from effnn.comm.groups.tensors.pieces import by_columns, in_pieces
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env), which has mpi4py and Intel MPI"
@@ -278,7 +278,7 @@ class MPIProcessGroup(LaneProcessGroup):
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> LaneWork:
         source = self._mpi.ANY_SOURCE if rank is None else rank
-        flat = flat_view(tensor)
+        (flat,), finish = flat_in_place("recv", [tensor])
         parts = pieces.split(as_bytes(flat))
         if rank is None and len(parts) > 1:
             raise InvalidInput(
@@ -289,10 +289,6 @@ class MPIProcessGroup(LaneProcessGroup):
         def start() -> list[Request]:
             calls = (self._communicator.Irecv(_buffer(part, self._mpi), source, tag) for part in parts)
             return [_Wait(request, status=status) for request in calls]
-
-        def finish() -> None:
-            if not is_view(flat, tensor):
-                tensor.detach().copy_(flat.view(tensor.shape))
 
         return self._issue("recv", start, [tensor], finish, source=status.Get_source, alike="")
 
@@ -332,7 +328,7 @@ def _widened(flat: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
 
 
 def _buffer(flat: Tensor, mpi, parts: int = 1) -> list:
-    """What mpi4py takes for memory. parts: where it holds one part a rank, MPI wants the elements of one part."""
+    """What mpi4py takes for memory. parts: where it holds one part per rank, MPI wants the elements of one part."""
     names = {
         torch.uint8: "UINT8_T",
         torch.int8: "INT8_T",

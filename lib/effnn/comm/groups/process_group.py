@@ -1,9 +1,14 @@
 """A torch ProcessGroup in Python over a library of collectives: the part that every such library needs.
 
 `LaneProcessGroup` takes the calls of torch.distributed (and of DDP's C++ reducer), checks them, lays tensors out flat
-and contiguous, and puts one `Call` a collective on the lane. A library fills in the `_run_*` methods, which get flat,
-contiguous, non-empty CPU tensors of supported types and run on the lane. Names and argument order of the public methods
-are torch's own; PyTorch has no documentation of its own for them, so they are not documented one by one here.
+and contiguous, and puts one `Call` per collective on the lane. A library fills in the `_run_*` methods, which get flat,
+contiguous, non-empty CPU tensors of supported types and run on the lane.
+
+An all_reduce of ccl goes from `allreduce` here to `_run_all_reduce` in oneccl/group.py, and from there to
+`Communicator.call` in oneccl/library.py, which makes the C call.
+
+Names and argument order of the public methods are torch's own, which does not document them; nor are they documented
+one by one here.
 
 Tensors on other devices go to the backend that the group's configuration names for them ("cpu:ccl,cuda:nccl").
 """
@@ -11,6 +16,7 @@ Tensors on other devices go to the backend that the group's configuration names 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,8 +40,8 @@ from effnn.comm.groups.tensors.layout import (
     single,
     then,
 )
-from effnn.comm.groups.tensors.reductions import Reduction, operation_of, restoring
-from effnn.comm.groups.tensors.sparse import sum_of_rows
+from effnn.comm.groups.tensors.reductions import Reduction, operation_of
+from effnn.comm.groups.tensors.sparse import gather_padded, sum_of_rows
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +103,8 @@ class LaneProcessGroup(NamedGroup):
         reduction = self._checks.reduction("all_reduce", opts, tensors)
         flats, finish = flat_in_place("all_reduce", tensors)
         flats = [flat for flat in flats if flat.numel()]
-        carried = []
-
-        def start() -> list[Request | None]:
-            carried.extend(map(reduction.carry, flats))
-            return [self._run_all_reduce(one, reduction.operation) for one in carried]
-
-        return self._issue("all_reduce", start, tensors, then(restoring(reduction, carried, flats), finish), opts)
+        start, restore = _reducing(reduction, flats, lambda one, _: self._run_all_reduce(one, reduction.operation))
+        return self._issue("all_reduce", start, tensors, then(restore, finish), opts)
 
     @guarded("broadcast")
     def broadcast(self, tensors: list[Tensor], opts: object) -> LaneWork:
@@ -118,14 +119,10 @@ class LaneProcessGroup(NamedGroup):
         root = self._checks.root("reduce", opts.rootRank)
         reduction = self._checks.reduction("reduce", opts, tensors)
         (flat,), finish = flat_in_place("reduce", [tensor], receives=self._rank == root)
-        carried = []
-
-        def start() -> Request | None:
-            carried.append(reduction.carry(flat))
-            return self._run_reduce(carried[0], root, reduction.operation)
-
+        operation = reduction.operation
+        start, restore = _reducing(reduction, [flat], lambda one, _: self._run_reduce(one, root, operation))
         if self._rank == root and flat.numel():
-            finish = then(restoring(reduction, carried, [flat]), finish)
+            finish = then(restore, finish)
         return self._issue("reduce", start, [tensor], finish, opts, flat)
 
     @guarded("all_gather")
@@ -140,7 +137,7 @@ class LaneProcessGroup(NamedGroup):
             "all_gather",
             lambda: self._run_all_gather(as_bytes(output), as_bytes(flat)),
             parts,
-            lambda: fill(parts, output),
+            lambda: fill(parts, output.view(self._size, -1)),
             opts,
             flat,
         )
@@ -151,7 +148,7 @@ class LaneProcessGroup(NamedGroup):
     ) -> LaneWork:
         if len(output_lists) != self._size or any(len(parts) != len(inputs) for parts in output_lists):
             raise InvalidInput(
-                f"all_gather_coalesced: expected {self._size} lists of {len(inputs)} tensors, one list a rank"
+                f"all_gather_coalesced: expected {self._size} lists of {len(inputs)} tensors, one list per rank"
             )
         columns = list(zip(*output_lists, strict=True))
         for tensor, parts in zip(inputs, columns, strict=True):
@@ -161,7 +158,7 @@ class LaneProcessGroup(NamedGroup):
 
         def finish() -> None:
             for parts, output in zip(columns, outputs, strict=True):
-                fill(parts, output)
+                fill(parts, output.view(self._size, -1))
 
         results = [part for parts in columns for part in parts]
         return self._issue("all_gather", self._gathering(outputs, flats), results, finish, opts)
@@ -198,7 +195,7 @@ class LaneProcessGroup(NamedGroup):
             "gather",
             lambda: self._run_gather(as_bytes(output), as_bytes(flat), root),
             parts,
-            (lambda: fill(parts, output)) if here else None,
+            (lambda: fill(parts, output.view(self._size, -1))) if here else None,
             opts,
             flat,
         )
@@ -233,18 +230,13 @@ class LaneProcessGroup(NamedGroup):
             sources = [torch.cat([flat_view(part) for part in parts])]
             return self._reduce_scatter(targets, sources, reduction, [output], finish, opts)
         copies = [flat_view(part).clone() for part in parts]
-        carried = []
 
-        def start() -> list[Request | None]:
-            # Parts of different sizes: one reduction a rank.
-            carried.extend(map(reduction.carry, copies))
-            return [self._run_reduce(c, r, reduction.operation) for r, c in enumerate(carried) if c.numel()]
+        def run(one: Tensor, root: int) -> Request | None:  # parts of different sizes: one reduction per rank
+            return self._run_reduce(one, root, reduction.operation) if one.numel() else None
 
-        def mine() -> None:
-            if targets[0].numel():
-                reduction.restore(carried[self._rank], targets[0])
-
-        return self._issue("reduce_scatter", start, [output], then(mine, finish), opts, alike="types")
+        start, restore = _reducing(reduction, copies, run)
+        finish = then(then(restore, lambda: targets[0].copy_(copies[self._rank])), finish)
+        return self._issue("reduce_scatter", start, [output], finish, opts, alike="types")
 
     @guarded("reduce_scatter_tensor")
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
@@ -272,17 +264,13 @@ class LaneProcessGroup(NamedGroup):
         finish: Finish,
         opts: object,
     ) -> LaneWork:
-        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.numel()]
-        carried = []
+        targets = [target for target in targets if target.numel()]
+        sources = [source for source in sources if source.numel()]
 
-        def start() -> list[Request | None]:
-            begun = []
-            for target, source in pairs:
-                carried.append(reduction.carry(target))
-                begun.append(self._run_reduce_scatter(carried[-1], reduction.carry(source), reduction.operation))
-            return begun
+        def run(one: Tensor, number: int) -> Request | None:
+            return self._run_reduce_scatter(one, reduction.carry(sources[number]), reduction.operation)
 
-        restore = restoring(reduction, carried, [target for target, _ in pairs])
+        start, restore = _reducing(reduction, targets, run)
         return self._issue("reduce_scatter", start, result, then(restore, finish), opts)
 
     @guarded("all_to_all_single")
@@ -330,11 +318,7 @@ class LaneProcessGroup(NamedGroup):
         received, sent = [t.numel() for t in outputs], [t.numel() for t in inputs]
         target = flat.new_empty(sum(received))
         start = self._uneven_all_to_all(target, flat, received, sent)
-
-        def finish() -> None:
-            for output, part in zip(outputs, target.split(received), strict=True):
-                output.detach().copy_(part.view(output.shape))
-
+        finish = partial(fill, outputs, target.split(received))
         return self._issue("all_to_all", start, outputs, finish, opts, alike="types")
 
     def barrier(self, opts: object = None) -> LaneWork:
@@ -357,14 +341,12 @@ class LaneProcessGroup(NamedGroup):
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
         self._checks.peer("recv", rank, self._rank, tag)
-        expect_own_memory("recv", tensors)
         return self._receive(tensor, rank, tag)
 
     @guarded("recv")
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
         self._checks.peer("recv", None, self._rank, tag)
-        expect_own_memory("recv", tensors)
         return self._receive(tensor, None, tag)
 
     # The names that older releases and the C++ side use for the same calls.
@@ -390,48 +372,22 @@ class LaneProcessGroup(NamedGroup):
     _largest_tag = 2**31 - 1
     """Of a message between two ranks."""
 
-    def _run_all_reduce(self, flat: Tensor, operation: str) -> Request | None:
-        raise NotImplementedError
+    _run_all_reduce: Callable[[Tensor, str], Request | None]  # flat, operation
+    _run_broadcast: Callable[[Tensor, int], Request | None]  # flat, root
+    _run_reduce: Callable[[Tensor, int, str], Request | None]  # flat, root, operation
+    _run_all_gather: Callable[[Tensor, Tensor], Request | None]  # output, flat
+    _run_gather: Callable[[Tensor, Tensor, int], Request | None]  # output, flat, root
+    _run_scatter: Callable[[Tensor, Tensor, int], Request | None]  # flat, source, root
+    _run_reduce_scatter: Callable[[Tensor, Tensor, str], Request | None]  # output, flat, operation
+    _run_all_to_all: Callable[[Tensor, Tensor], Request | None]  # output, flat
+    _run_barrier: Callable[[], Request | None]
 
-    def _run_broadcast(self, flat: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
+    _uneven_all_to_all: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Callable[[], Request | None]]
+    """Of output, flat, received, sent: what starts an all_to_all of parts of those sizes, some of which may be 0."""
 
-    def _run_reduce(self, flat: Tensor, root: int, operation: str) -> Request | None:
-        raise NotImplementedError
-
-    def _run_all_gather(self, output: Tensor, flat: Tensor) -> Request | None:
-        raise NotImplementedError
-
-    def _run_gather(self, output: Tensor, flat: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
-
-    def _run_scatter(self, flat: Tensor, source: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
-
-    def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> Request | None:
-        raise NotImplementedError
-
-    def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request | None:
-        raise NotImplementedError
-
-    def _uneven_all_to_all(
-        self, output: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
-    ) -> Callable[[], Request | None]:
-        """Return what starts an all_to_all of parts of different sizes (in elements), of which some may be empty."""
-        raise NotImplementedError
-
-    def _run_barrier(self) -> Request | None:
-        raise NotImplementedError
-
-    def _send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
-        raise NotImplementedError
-
-    def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
-        """Receive into the tensor; rank None: from any."""
-        raise NotImplementedError
-
-    def _close(self) -> None:
-        raise NotImplementedError
+    _send: Callable[[Tensor, int, int], dist.Work]  # tensor, rank, tag
+    _receive: Callable[[Tensor, int | None, int], dist.Work]  # into the tensor, from a rank (None: any), tag
+    _close: Callable[[], None]
 
     # Checks and plumbing.
 
@@ -446,8 +402,15 @@ class LaneProcessGroup(NamedGroup):
         source: Callable[[], int] | None = None,
         alike: str = "sizes",
     ) -> LaneWork:
-        """Put a call on the lane. flat: what is sent; where it is empty there is nothing to do (on any rank).
+        """Put a call on the lane, and return its handle.
 
+        name: of the call, for messages.
+        start: makes the library's calls, on the lane.
+        result: the tensors that the call fills.
+        finish: what is done on the lane once the library's calls have ended.
+        opts: torch's options, for a time-out of this call.
+        flat: what is sent; where it is empty there is nothing to do (on any rank).
+        source: of a receive from any rank, tells which it was.
         alike: what all ranks have in common of the tensors: "sizes" (and types), "types", or "" (not a collective).
         """
         self._expect_open(name)
@@ -481,18 +444,14 @@ class LaneProcessGroup(NamedGroup):
         return asked if asked > 0 else self._timeout
 
     def _allgather_uneven(self, parts: Sequence[Tensor], tensor: Tensor, opts: object) -> LaneWork:
-        """Parts of different sizes, known on every rank: one broadcast a rank."""
+        """Parts of different sizes, known on every rank: one broadcast per rank."""
         flat = flat_view(tensor)
         buffers = [flat if rank == self._rank else flat_view(part).clone() for rank, part in enumerate(parts)]
 
         def start() -> list[Request | None]:
             return [self._run_broadcast(as_bytes(part), root) for root, part in enumerate(buffers) if part.numel()]
 
-        def finish() -> None:
-            for part, buffer in zip(parts, buffers, strict=True):
-                part.detach().copy_(buffer.view(part.shape))
-
-        return self._issue("all_gather", start, parts, finish, opts)
+        return self._issue("all_gather", start, parts, partial(fill, parts, buffers), opts)
 
     def _sparse_all_reduce(self, tensor: Tensor, opts: object) -> LaneWork:
         """Sum of sparse COO tensors: all_gather of padded indices and values, then a sum in rank order everywhere."""
@@ -501,32 +460,14 @@ class LaneProcessGroup(NamedGroup):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
         self._checks.reduction("all_reduce", opts, [tensor])
         mine = tensor.detach().coalesce()
-        rows = torch.cat(
-            [mine.indices().t(), mine.indices().new_zeros(1, mine.sparse_dim())]
-        )  # a row more: never empty
-        values = torch.cat([mine.values(), mine.values().new_zeros(1, *mine.values().shape[1:])])
 
-        sent = []  # kept until the end: a request does not keep its memory
-
-        def gather(part: Tensor, longest: int) -> tuple[Tensor, Request | None]:
-            padded = part.new_zeros(longest, *part.shape[1:])
-            padded[: len(part)] = part
-            sent.append(padded)
-            every = part.new_empty(self._size, *padded.shape)
-            return every, self._run_all_gather(as_bytes(every.view(-1)), as_bytes(padded.view(-1)))
+        def gather(part: Tensor) -> tuple[Tensor, Request | None]:
+            every = part.new_empty(self._size, *part.shape)
+            return every, self._run_all_gather(as_bytes(every.view(-1)), as_bytes(part.view(-1)))
 
         def steps() -> Iterator[Request | None]:
-            lengths, request = gather(torch.tensor([len(rows)]), 1)
-            yield request
-            longest = int(lengths.max())
-            every_row, request = gather(rows, longest)
-            yield request
-            every_value, request = gather(values, longest)
-            yield request
-            counts = (lengths.flatten() - 1).tolist()
-            indices = [part[:count] for part, count in zip(every_row, counts, strict=True)]
-            gathered = [part[:count] for part, count in zip(every_value, counts, strict=True)]
-            total = sum_of_rows(indices, gathered, tensor.shape)
+            indices, values = yield from gather_padded([mine.indices().t(), mine.values()], gather)
+            total = sum_of_rows(indices, values, tensor.shape)
             with torch.no_grad():  # a sparse tensor's detach() would keep the new indices to itself
                 tensor.copy_(total / self._size if operation == "avg" else total)
 
@@ -544,3 +485,20 @@ class LaneProcessGroup(NamedGroup):
             timeout = timedelta(seconds=self._timeout)
             self._others[device] = other_device_group(self, device, self._store, self._rank, self._size, timeout)
         return self._others[device]
+
+
+def _reducing(
+    reduction: Reduction, flats: list[Tensor], run: Callable[[Tensor, int], Request | None]
+) -> tuple[Callable[[], list[Request | None]], Callable[[], None]]:
+    """What starts `run` on what the library reduces in place of each flat (and its number), and what restores those."""
+    carried = []
+
+    def start() -> list[Request | None]:
+        carried.extend(map(reduction.carry, flats))
+        return [run(one, number) for number, one in enumerate(carried)]
+
+    def restore() -> None:
+        for one, flat in zip(carried, flats, strict=True):
+            reduction.restore(one, flat)
+
+    return start, restore

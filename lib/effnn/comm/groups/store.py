@@ -26,10 +26,14 @@ def monitored_barrier(
     timeout: float,
     wait_all_ranks: bool,
 ) -> None:
-    """Return once every rank has come; store: one of this barrier's own. timeout: seconds that rank 0 waits.
+    """Return once every rank has come.
 
-    Raises CollectiveTimeout on every rank that has come, with the ranks that have not: the first one, or with
-    wait_all_ranks all of them.
+    store: one of this barrier's own.
+    rank, size: of the group.
+    timeout: seconds that rank 0 waits.
+    wait_all_ranks: whether the error names all ranks that have not come, not the first alone.
+
+    Raises CollectiveTimeout on every rank that has come.
     """
     store.set(f"here_{rank}", "")
     if rank == 0:

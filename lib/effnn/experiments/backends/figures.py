@@ -68,7 +68,7 @@ def draw_times(times: pd.DataFrame, limits: dict[str, float]) -> Figure:
         ax.set_yscale("log")
         ax.set_xticks(sizes, [_size_text(size) for size in sizes], rotation=30)
         ax.minorticks_off()
-        ax.set_xlabel("message, bytes a rank")
+        ax.set_xlabel("message, bytes per rank")
     left.set_ylabel("all_reduce, ms")
     right.set_ylabel("message / time, GB/s")
     left.set_title("Time, two ranks on one machine")

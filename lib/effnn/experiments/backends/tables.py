@@ -58,7 +58,7 @@ def probe_matrix(operations: Iterable[str] = (), world_size: int = 2, other: str
 
 
 def compare(probe: matrix.Probe) -> pd.DataFrame:
-    """Return one row a cell of the talk's table and of our own columns: what the talk says, what ran, and the story.
+    """Return one row per cell of the talk's table and of our own columns: what the talk says, what ran, and the story.
 
     differs: True or False where both give an answer, empty where this machine has none or the talk has a question mark.
     """
@@ -159,14 +159,14 @@ def _listed(cells: pd.DataFrame) -> str:
 def time_all_reduce(
     sizes: Sequence[int] = timing.SIZES, launches: int = 5, rounds: int = 3, threads: int = 1
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Time all_reduce with two ranks over every backend that can be had.
+    """Time all_reduce with two ranks over every backend that is available here.
 
     gloo and oneCCL take turns within the same processes. MPI's ranks must be started by its own launcher, under which
     the others are slower than by themselves, so it runs in processes of its own, in turn with those of the two.
 
-    sizes: bytes a rank. launches: how often new processes are started; each is one sample. Returns one row a launch,
-    backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s: the best
-    that any launch saw.
+    sizes: bytes per rank. launches: how often new processes are started; each is one sample. Returns one row per
+    launch, backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s: the
+    best that any launch saw.
     """
     here = [name for name in TIMED if unavailable(name, "cpu") is None]
     together, alone = [name for name in here if name != "mpi4py"], [name for name in here if name == "mpi4py"]
@@ -194,13 +194,13 @@ def time_crowded(ranks: int, sizes: Sequence[int], launches: int = 3, rounds: in
 
 
 def medians(times: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a launch, backend and size: ms (median over rounds) and gb_s, the message over its time."""
+    """Return one row per launch, backend and size: ms (median over rounds) and gb_s, the message over its time."""
     found = times.groupby(["launch", "backend", "bytes"], as_index=False).ms.median()
     return found.assign(gb_s=found.bytes / found.ms / 1e6)
 
 
 def ratios(times: pd.DataFrame, nbytes: int, above: str = "ccl", below: str = "gloo") -> list[float]:
-    """Time of one backend over another's at one size, one ratio a launch; empty where one of them was not timed."""
+    """Time of one backend over another's at one size, one ratio per launch; empty where one of them was not timed."""
     table = medians(times[times.bytes == nbytes]).pivot(index="launch", columns="backend", values="ms")
     return [] if {above, below} - set(table.columns) else (table[above] / table[below]).tolist()
 
@@ -225,7 +225,7 @@ def emulated_all_reduce(rate_mbit: float, nbytes: int, calls: int = 3) -> dict[s
 
 
 def missing() -> pd.DataFrame:
-    """Return the backends that cannot be had here, each with the reason in one sentence."""
+    """Return the backends that are not available here, each with the reason in one sentence."""
     here = set(available())
     names = [backend for backend in matrix.backends.BACKENDS if backend not in here]
     return pd.DataFrame({"backend": names, "not available here": [unavailable(name) for name in names]})

@@ -30,7 +30,7 @@ from effnn.comm.groups.lane.call import Call
 from effnn.comm.groups.lane.lane import Lane, skip_destructors
 from effnn.comm.groups.oneccl.library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.groups.process_group import LaneProcessGroup
-from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view
+from effnn.comm.groups.tensors.layout import as_bytes, flat_in_place, flat_view
 
 _TYPE_NUMBERS = {
     torch.int8: TYPES["i8"],
@@ -205,16 +205,16 @@ class OneCCLProcessGroup(LaneProcessGroup):
         return self._gloo().send([as_bytes(flat_view(tensor))], rank, tag)
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
-        flat = flat_view(tensor)
+        (flat,), copy_back = flat_in_place("recv", [tensor])
         buffer = [as_bytes(flat)]
         gloo = self._gloo()
         work = gloo.recv_anysource(buffer, tag) if rank is None else gloo.recv(buffer, rank, tag)
-        if is_view(flat, tensor):
+        if copy_back is None:
             return work
 
         def wait(timeout: timedelta) -> bool:
             work.wait(timeout) if timeout else work.wait()
-            tensor.detach().copy_(flat.view(tensor.shape))
+            copy_back()
             return True
 
         return PythonCallbackWork(wait)
@@ -274,7 +274,7 @@ def _kind(flat: Tensor, operation: str) -> tuple[int, int]:
 
 
 def _gloo_chunk(flat: Tensor, size: int) -> int:
-    """Elements of a rank's share in gloo's ring: its segments are at most 1 MiB, at least two a rank, all equal."""
+    """Elements of a rank's share in gloo's ring: its segments are at most 1 MiB, at least two per rank, all equal."""
     item = flat.element_size()
     message = flat.numel() * item
     segments = max(ceil(message / (item * max(1, _GLOO_SEGMENT // item))), 2 * size)

@@ -28,10 +28,14 @@ def in_pieces(start: Callable[[Tensor], Request], flat: Tensor) -> Request:
 def by_columns(
     start: Callable[[Tensor, Tensor], Request], output: Tensor, source: Tensor, columns: int, rows: int
 ) -> Request:
-    """Start start(output, source) on some columns at a time of tensors that hold one row a rank.
+    """Start a call on some columns at a time of tensors that hold one row per rank.
 
-    output, source: flat, [rows x columns] or [columns]; the output is empty where nothing arrives. columns: elements of
-    one row; rows: the number of ranks. A tensor in pieces is copied once more.
+    start: starts the call on such an output and source.
+    output, source: flat, [rows x columns] or [columns]; the output is empty where nothing arrives.
+    columns: elements of one row.
+    rows: the number of ranks.
+
+    A tensor that is sent in pieces is copied once more.
     """
     width = _width(source, rows)
     if columns <= width:

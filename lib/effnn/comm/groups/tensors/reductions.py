@@ -39,13 +39,20 @@ _OF_FLAGS = {
 
 @dataclass(frozen=True)
 class Reduction:
-    """One reduction of tensors of one type. operation: what the library is asked for (never "avg")."""
+    """One reduction of tensors of one type.
+
+    operation: what the library is asked for (never "avg").
+    as_numbers: gives the same memory, of a type that the library knows.
+    encode: gives a copy that the library reduces instead.
+    decode: puts such a copy into the tensor.
+    afterwards: changes the result, in place.
+    """
 
     operation: str
-    as_numbers: Callable[[Tensor], Tensor] | None = None  # the same memory, of a type that the library knows
-    encode: Callable[[Tensor], Tensor] | None = None  # a copy that the library reduces instead
-    decode: Callable[[Tensor, Tensor], None] | None = None  # from such a copy into the tensor
-    afterwards: Callable[[Tensor], object] | None = None  # in place, on the result
+    as_numbers: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor, Tensor], None] | None = None
+    afterwards: Callable[[Tensor], object] | None = None
 
     def carry(self, flat: Tensor) -> Tensor:
         """Return what the library reduces in place of `flat`; where possible the same memory."""
@@ -63,26 +70,21 @@ class Reduction:
             self.afterwards(numbers)
 
 
-def restoring(reduction: Reduction, carried: list[Tensor], flats: list[Tensor]) -> Callable[[], None]:
-    """What puts the results of a call into its tensors; the list of what is carried may be filled by then only."""
-
-    def restore() -> None:
-        for one, flat in zip(carried, flats, strict=True):
-            reduction.restore(one, flat)
-
-    return restore
-
-
 def operation_of(asked: object) -> str | None:
     """Name of a torch.distributed.ReduceOp; None for one that is not in OPERATIONS."""
     return next((known for known in OPERATIONS if asked == getattr(dist.ReduceOp, known.upper())), None)
 
 
 def reduction(call: str, backend: str, asked: object, dtype: torch.dtype, size: int, int16: bool) -> Reduction:
-    """Return how to make the reduction `asked` of tensors of a type over `size` ranks.
+    """Return how to make a reduction.
 
-    call, backend: for messages. int16: whether the library compares such integers. Raises InvalidInput for a pair of
-    operation and type that has no meaning, and for what no backend of the CPU sums.
+    call, backend: their names, for messages.
+    asked: a torch.distributed.ReduceOp.
+    dtype: of the tensors.
+    size: number of ranks.
+    int16: whether the library compares such integers.
+
+    Raises InvalidInput for a pair of operation and type that has no meaning, and for what no backend of the CPU sums.
     """
     operation = operation_of(asked)
     if operation is None:
