@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from effnn.base import InvalidInput, NotAvailable
 from effnn.comm import backends
-from effnn.comm.groups.interfaces import check_interfaces
+from effnn.comm.groups.interfaces import expect_interfaces
 from effnn.comm.probing import answers, matrix, operations
 
 SECONDS = 30.0  # until a call that cannot complete is an error; what works takes about one second in all
@@ -103,7 +103,7 @@ def _check_as_rank(backend: str, seconds: float, starter: tuple[str, str]) -> in
                 "mpiexec does not say where rank 0 is: add -genv MASTER_ADDR <its host> -genv MASTER_PORT 29500, or "
                 "start with torchrun"
             )
-        check_interfaces()
+        expect_interfaces()
         _check_gpus(backend)
         backends.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except Exception as error:

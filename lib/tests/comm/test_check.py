@@ -158,4 +158,4 @@ def test_of_a_time_out_and_the_connections_that_it_costs_the_time_out_is_the_cau
 def test_an_interface_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     with pytest.raises(Exception, match="GLOO_SOCKET_IFNAME names eth99; the network interfaces of this host: .*lo"):
-        interfaces.check_interfaces()
+        interfaces.expect_interfaces()

@@ -327,5 +327,5 @@ def refused_call(group):
 
     tensor = torch.ones(4)
     average = 4  # onecclAvg
-    arguments = tensor.data_ptr(), tensor.data_ptr(), 4, TYPES["f32"], average
+    arguments = tensor.data_ptr(), tensor.data_ptr(), 4, TYPES[torch.float32], average
     return Call("average", lambda: group._communicator.call("AllReduce", *arguments), [tensor], timeout=20)

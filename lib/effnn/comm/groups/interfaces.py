@@ -22,7 +22,7 @@ def communication_interface() -> str:
     return interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")) or loopback()
 
 
-def check_interfaces() -> None:
+def expect_interfaces() -> None:
     """Raise InvalidInput where a variable names an interface that this host does not have."""
     here = list(psutil.net_if_addrs())
     for variable in _CHOSEN:

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.comm.groups.checks import Checks, guarded
 from effnn.comm.groups.identity import NamedGroup, other_device_group
 from effnn.comm.groups.lane.call import AllOf, Call, CollectiveFailed, LibraryError, Request, Steps
 from effnn.comm.groups.lane.handle import LaneWork
@@ -42,6 +41,7 @@ from effnn.comm.groups.tensors.layout import (
 )
 from effnn.comm.groups.tensors.reductions import Reduction, operation_of
 from effnn.comm.groups.tensors.sparse import gather_padded, sum_of_rows
+from effnn.comm.groups.validation import Validator, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LaneProcessGroup(NamedGroup):
     def __init__(self, lane: Lane, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(store, rank, size, timeout)
         self._lane = lane
-        self._checks = Checks(self.NAME, size, self._compares_int16, self._largest_tag)
+        self._validator = Validator(self.NAME, size, self._compares_int16, self._largest_tag)
         self._comparison = (
             Comparison(dist.PrefixStore("calls/", self._store), rank, size) if comparison_wanted() else None
         )
@@ -100,7 +100,7 @@ class LaneProcessGroup(NamedGroup):
         return self._all_reduce(tensors, opts)
 
     def _all_reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
-        reduction = self._checks.reduction("all_reduce", opts, tensors)
+        reduction = self._validator.reduction("all_reduce", opts, tensors)
         flats, finish = flat_in_place("all_reduce", tensors)
         flats = [flat for flat in flats if flat.numel()]
         start, restore = _reducing(reduction, flats, lambda one, _: self._run_all_reduce(one, reduction.operation))
@@ -109,15 +109,15 @@ class LaneProcessGroup(NamedGroup):
     @guarded("broadcast")
     def broadcast(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("broadcast", tensors)
-        root = self._checks.root("broadcast", opts.rootRank)
+        root = self._validator.root("broadcast", opts.rootRank)
         (flat,), finish = flat_in_place("broadcast", [tensor], receives=self._rank != root)
         return self._issue("broadcast", lambda: self._run_broadcast(as_bytes(flat), root), [tensor], finish, opts, flat)
 
     @guarded("reduce")
     def reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("reduce", tensors)
-        root = self._checks.root("reduce", opts.rootRank)
-        reduction = self._checks.reduction("reduce", opts, tensors)
+        root = self._validator.root("reduce", opts.rootRank)
+        reduction = self._validator.reduction("reduce", opts, tensors)
         (flat,), finish = flat_in_place("reduce", [tensor], receives=self._rank == root)
         operation = reduction.operation
         start, restore = _reducing(reduction, [flat], lambda one, _: self._run_reduce(one, root, operation))
@@ -128,19 +128,13 @@ class LaneProcessGroup(NamedGroup):
     @guarded("all_gather")
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,), (parts,) = single("all_gather", inputs), single("all_gather", outputs)
-        self._checks.outputs("all_gather", parts, tensor, mine=self._rank)
+        self._validator.outputs("all_gather", parts, tensor, mine=self._rank)
         if len({part.numel() for part in parts}) > 1:
             return self._allgather_uneven(parts, tensor, opts)
         flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel())
-        return self._issue(
-            "all_gather",
-            lambda: self._run_all_gather(as_bytes(output), as_bytes(flat)),
-            parts,
-            lambda: fill(parts, output.view(self._size, -1)),
-            opts,
-            flat,
-        )
+        finish = partial(fill, parts, output.view(self._size, -1))
+        return self._issue("all_gather", self._gathering([output], [flat]), parts, finish, opts, flat)
 
     @guarded("all_gather_coalesced")
     def allgather_coalesced(
@@ -152,7 +146,7 @@ class LaneProcessGroup(NamedGroup):
             )
         columns = list(zip(*output_lists, strict=True))
         for tensor, parts in zip(inputs, columns, strict=True):
-            self._checks.outputs("all_gather", parts, tensor)
+            self._validator.outputs("all_gather", parts, tensor)
         flats = [flat_view(tensor) for tensor in inputs]
         outputs = [flat.new_empty(self._size * flat.numel()) for flat in flats]
 
@@ -172,7 +166,7 @@ class LaneProcessGroup(NamedGroup):
         return self._all_gather_into(outputs, inputs, opts)
 
     def _all_gather_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
-        self._checks.ratio("all_gather_into_tensor", outputs, inputs)
+        self._validator.ratio("all_gather_into_tensor", outputs, inputs)
         targets, finish = flat_in_place("all_gather_into_tensor", outputs)
         flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
         return self._issue("all_gather", self._gathering(targets, flats), outputs, finish, opts)
@@ -184,47 +178,36 @@ class LaneProcessGroup(NamedGroup):
     @guarded("gather")
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("gather", inputs)
-        root = self._checks.root("gather", opts.rootRank)
+        root = self._validator.root("gather", opts.rootRank)
         here = self._rank == root
         parts = single("gather", outputs)[0] if here else []
         if here:
-            self._checks.outputs("gather", parts, tensor)
+            self._validator.outputs("gather", parts, tensor)
         flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel()) if here or self._gathers_everywhere else flat.new_empty(0)
-        return self._issue(
-            "gather",
-            lambda: self._run_gather(as_bytes(output), as_bytes(flat), root),
-            parts,
-            (lambda: fill(parts, output.view(self._size, -1))) if here else None,
-            opts,
-            flat,
-        )
+        start = partial(self._run_gather, as_bytes(output), as_bytes(flat), root)
+        finish = partial(fill, parts, output.view(self._size, -1)) if here else None
+        return self._issue("gather", start, parts, finish, opts, flat)
 
     @guarded("scatter")
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object) -> LaneWork:
         (tensor,) = single("scatter", outputs)
-        root = self._checks.root("scatter", opts.rootRank)
+        root = self._validator.root("scatter", opts.rootRank)
         (flat,), finish = flat_in_place("scatter", [tensor])
         if self._rank == root:
             parts = single("scatter", inputs)[0]
-            self._checks.parts("scatter", parts, tensor)
+            self._validator.parts("scatter", parts, tensor)
             source = torch.cat([flat_view(part) for part in parts])
         else:
             source = flat.new_empty(self._size * flat.numel() if self._gathers_everywhere else 0)
-        return self._issue(
-            "scatter",
-            lambda: self._run_scatter(as_bytes(flat), as_bytes(source), root),
-            [tensor],
-            finish,
-            opts,
-            flat,
-        )
+        start = partial(self._run_scatter, as_bytes(flat), as_bytes(source), root)
+        return self._issue("scatter", start, [tensor], finish, opts, flat)
 
     @guarded("reduce_scatter")
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None) -> LaneWork:
         (output,), (parts,) = single("reduce_scatter", outputs), single("reduce_scatter", inputs)
-        self._checks.parts("reduce_scatter", parts, output, mine=self._rank)
-        reduction = self._checks.reduction("reduce_scatter", opts, parts)
+        self._validator.parts("reduce_scatter", parts, output, mine=self._rank)
+        reduction = self._validator.reduction("reduce_scatter", opts, parts)
         targets, finish = flat_in_place("reduce_scatter", [output])
         if len({part.numel() for part in parts}) == 1:
             sources = [torch.cat([flat_view(part) for part in parts])]
@@ -249,8 +232,8 @@ class LaneProcessGroup(NamedGroup):
         return self._reduce_scatter_into(outputs, inputs, opts)
 
     def _reduce_scatter_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
-        self._checks.ratio("reduce_scatter_tensor", inputs, outputs)
-        reduction = self._checks.reduction("reduce_scatter", opts, inputs)
+        self._validator.ratio("reduce_scatter_tensor", inputs, outputs)
+        reduction = self._validator.reduction("reduce_scatter", opts, inputs)
         targets, finish = flat_in_place("reduce_scatter_tensor", outputs)
         sources = [self._apart(flat_view(tensor), targets) for tensor in inputs]
         return self._reduce_scatter(targets, sources, reduction, outputs, finish, opts)
@@ -292,16 +275,10 @@ class LaneProcessGroup(NamedGroup):
                     f"all_to_all: without split sizes, input ({tensor.numel()} elements) and output ({output.numel()}) "
                     f"must be equal and divisible by the world size {self._size}"
                 )
-            return self._issue(
-                "all_to_all",
-                lambda: self._run_all_to_all(as_bytes(target), as_bytes(flat)),
-                [output],
-                finish,
-                opts,
-                flat,
-            )
-        received = self._checks.splits("output", output, output_splits)
-        sent = self._checks.splits("input", tensor, input_splits)
+            start = partial(self._run_all_to_all, as_bytes(target), as_bytes(flat))
+            return self._issue("all_to_all", start, [output], finish, opts, flat)
+        received = self._validator.splits("output", output, output_splits)
+        sent = self._validator.splits("input", tensor, input_splits)
         start = self._uneven_all_to_all(target, flat, received, sent)
         return self._issue("all_to_all", start, [output], finish, opts, alike="types")
 
@@ -334,19 +311,19 @@ class LaneProcessGroup(NamedGroup):
     @guarded("send")
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("send", tensors)
-        self._checks.peer("send", rank, self._rank, tag)
+        self._validator.peer("send", rank, self._rank, tag)
         return self._send(tensor, rank, tag)
 
     @guarded("recv")
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._checks.peer("recv", rank, self._rank, tag)
+        self._validator.peer("recv", rank, self._rank, tag)
         return self._receive(tensor, rank, tag)
 
     @guarded("recv")
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._checks.peer("recv", None, self._rank, tag)
+        self._validator.peer("recv", None, self._rank, tag)
         return self._receive(tensor, None, tag)
 
     # The names that older releases and the C++ side use for the same calls.
@@ -458,7 +435,7 @@ class LaneProcessGroup(NamedGroup):
         operation = operation_of(opts.reduceOp) if opts is not None else "sum"
         if operation not in ("sum", "avg"):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
-        self._checks.reduction("all_reduce", opts, [tensor])
+        self._validator.reduction("all_reduce", opts, [tensor])
         mine = tensor.detach().coalesce()
 
         def gather(part: Tensor) -> tuple[Tensor, Request | None]:

@@ -113,16 +113,17 @@ def in_new_processes(
         lines = path.read_text(encoding="utf-8").splitlines() if began else []
     answers = {name: _answer(fields) for name, fields in map(json.loads, lines)}
     failed = [one for one in results if not one.ok]
-    if all(answer.ok for answer in answers.values()) and len(answers) < len(names):
-        stopped = Answer(Status.ERROR, "a rank ended without an answer")
-    else:
-        stopped = next((answer for answer in answers.values() if not answer.ok), None)
-    if stopped is not None and failed:  # the end of a process explains the errors of its peers
+    stopped = next((answer for answer in answers.values() if not answer.ok), None)
+    if stopped is None and len(answers) == len(names):
+        return answers
+    if failed:  # the end of a process explains the errors of its peers
         first = min(failed, key=lambda one: one.finished or float("inf"))
         hang = first.still_running or _tells_of_a_timeout(first.error)
         stopped = Answer(Status.HANG if hang else Status.ERROR, first.error, first.rank)
-    if stopped is None:
-        return answers
+    elif stopped is None:
+        stopped = Answer(Status.ERROR, "a rank ended without an answer")
+    elif stopped.status is Status.SILENT:
+        stopped = dataclasses.replace(stopped, status=Status.HANG)
     well = {name: answer for name, answer in answers.items() if answer.ok}
     return well | dict.fromkeys(names[len(well) :][: 1 if began else None], stopped)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from effnn.base import NotAvailable
-from effnn.comm import available, launch, unavailable
+from effnn.comm import BACKENDS, available, launch, unavailable
 from effnn.comm.emulation import network
 from effnn.comm.emulation.link_model import Link, ring_ms
 from effnn.comm.probing import matrix, timing
@@ -126,7 +126,7 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
     fails = answered[answered.talk.eq(_YES) & answered.differs.eq(True)]
     since = answered[answered.talk.eq(_NO) & answered.differs.eq(True)]
     ours = table[table.backend.eq("ccl")]
-    done = ours[ours.status.eq("ok")].groupby("how").operation.agg(list)
+    done = ours[ours.status.eq(Status.OK)].groupby("how").operation.agg(list)
     own = {how: done.get(how, []) for how in map(str, How)}
     summing = sparse_backends(sparse)
     on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.isin(SPARSE_SUMS)]
@@ -137,7 +137,7 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
             f"of {int(answered.talk.eq(_NO).sum())} that could be probed{_listed(since)}",
         ),
         "comm.sparse": (len([name for name in summing if name != "gloo"]), f"natively: {', '.join(summing) or 'none'}"),
-        "comm.sparse_nccl": (int(on_nccl.status.eq("ok").sum()), f"{len(on_nccl)} rows"),
+        "comm.sparse_nccl": (int(on_nccl.status.eq(Status.OK).sum()), f"{len(on_nccl)} rows"),
         "comm.oneccl_support": (
             len(own["native"]) + len(own["composed"]),
             "; ".join(f"{len(names)} {how} ({', '.join(names) or 'none'})" for how, names in own.items()),
@@ -227,5 +227,5 @@ def emulated_all_reduce(rate_mbit: float, nbytes: int, calls: int = 3) -> dict[s
 def missing() -> pd.DataFrame:
     """Return the backends that are not available here, each with the reason in one sentence."""
     here = set(available())
-    names = [backend for backend in matrix.backends.BACKENDS if backend not in here]
+    names = [backend for backend in BACKENDS if backend not in here]
     return pd.DataFrame({"backend": names, "not available here": [unavailable(name) for name in names]})

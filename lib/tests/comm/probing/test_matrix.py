@@ -107,7 +107,7 @@ def test_a_function_that_does_nothing_is_found_out(verdicts, row):
 @pytest.fixture(scope="module")
 def stand_ins():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix, "_SECONDS_PER_LAUNCH", 20.0)
+        patch.setattr(matrix, "_SECONDS_PER_LAUNCH", 12.0)
         patch.setattr(matrix, "_SECONDS_PER_OPERATION", 4.0)
         probe = matrix.probe(["gloo"], ["cpu"], progress=False, checks="workers.units:STAND_INS")
     return {cell.operation: cell for cell in probe.cells}

@@ -53,14 +53,14 @@ def gather_padded(
     lengths, request = gather(length)
     yield request
     counts = lengths.flatten().tolist()
+    if not max(counts):
+        return [[tensor] * len(counts) for tensor in tensors]
     found = []
     for tensor in tensors:
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])  # kept here: a request does not keep its memory
         padded[: len(tensor)] = tensor
-        every = padded.new_empty(len(counts), *padded.shape)
-        if max(counts):
-            every, request = gather(padded)
-            yield request
+        every, request = gather(padded)
+        yield request
         found.append([part[:count] for part, count in zip(every, counts, strict=True)])
     return found
 

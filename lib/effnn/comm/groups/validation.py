@@ -66,10 +66,11 @@ def _expect_dense(name: str, tensor: Tensor, sparse: bool) -> None:
         )
 
 
-class Checks:
-    """The checks of one group; all raise InvalidInput. name: of its backend, for messages. size: number of ranks.
+class Validator:
+    """Validates the arguments of one group's calls; every method raises InvalidInput.
 
-    int16: whether the library compares such integers. largest_tag: of a message.
+    name: of the backend, for messages. size: number of ranks. int16: whether the library compares such integers.
+    largest_tag: of a message.
     """
 
     def __init__(self, name: str, size: int, int16: bool, largest_tag: int):
