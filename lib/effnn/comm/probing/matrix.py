@@ -67,6 +67,11 @@ class Cell:
         object.__setattr__(self, "status", Status(self.status))
         object.__setattr__(self, "how", How(self.how) if self.how else "")
 
+    @property
+    def note(self) -> str:
+        """The message, and the machine where it is another one."""
+        return "; ".join(filter(None, (self.message, self.machine and f"probed on {self.machine}")))
+
 
 @dataclass(frozen=True)
 class Probe:

@@ -70,13 +70,8 @@ def compare(probe: matrix.Probe) -> pd.DataFrame:
             said = talk.get((backend, device, operation), "")
             if cell is None:
                 continue
-            row = {
-                "backend": backend,
-                "device": device,
-                "operation": operation,
-                "talk": said,
-                "status": str(cell.status),
-            }
+            place = {"backend": backend, "device": device, "operation": operation}
+            row = place | {"talk": said, "status": str(cell.status)}
             answer = _answer(cell)
             differs = (answer != said) if said in (_YES, _NO) and answer else None
             story = _story(backend, device, said, answer, differs, cell)
@@ -93,17 +88,17 @@ def _answer(cell: matrix.Cell) -> str:
 
 def _story(backend: str, device: str, said: str, answer: str, differs: bool | None, cell: matrix.Cell) -> str:
     if differs:
-        return _REASONS.get((backend, device), "") if answer == _YES else cell.message
+        return _REASONS.get((backend, device), "") if answer == _YES else cell.note
     if not answer or answer == _NO:
-        return "not run: nccl moves GPU memory only" if (backend, device) == ("nccl", "cpu") else cell.message
-    return f"probed on {cell.machine}" if cell.machine else ""
+        return "not run: nccl moves GPU memory only" if (backend, device) == ("nccl", "cpu") else cell.note
+    return f"probed elsewhere: {cell.note}" if cell.machine else ""
 
 
 def sparse_table(probe: matrix.Probe) -> pd.DataFrame:
     """Return the sparse rows on the backends that take CPU tensors: backend, operation, status, how, message."""
     rows = [
         {"backend": cell.backend, "operation": cell.operation, "status": str(cell.status), "how": str(cell.how)}
-        | {"message": cell.message}
+        | {"message": cell.note}
         for cell in probe.cells
         if cell.operation in SPARSE and cell.status.answered
     ]

@@ -211,4 +211,4 @@ def test_merge_fills_what_this_machine_cannot_answer():
     assert merged.machine == "laptop" and matrix.merge(here) == here
     said = dataclasses.replace(other, cells=(Cell("gloo", "cuda", "send", "error", message="no route"),))
     cell = matrix.merge(here, said).cell("gloo", "cuda", "send")
-    assert (cell.message, cell.machine) == ("no route", "cluster")
+    assert (cell.message, cell.machine, cell.note) == ("no route", "cluster", "no route; probed on cluster")
