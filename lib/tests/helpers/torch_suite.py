@@ -4,7 +4,7 @@ The tests of `_DistTestBase` run one after another in the same two processes, ea
 making processes anew costs more than most tests. A failure or a hang ends the processes; the tests that are left go on
 in new ones, first the one that failed: only what fails in fresh processes counts as failed.
 
-`python torch_suite.py BACKEND [TEST ...]` prints one line a test.
+`python torch_suite.py BACKEND [TEST ...]` prints one line per test.
 """
 
 import faulthandler

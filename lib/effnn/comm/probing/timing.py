@@ -48,9 +48,9 @@ def all_reduce_rounds(
 
 
 def all_reduce_ms(nbytes: int, calls: int = 5) -> float:
-    """Milliseconds of one all_reduce of nbytes over the default group: of `calls` in a row, ended by a barrier.
+    """Milliseconds of one all_reduce of nbytes over the default group: the mean of `calls` in a row and a barrier.
 
-    A single call can return before its last bytes are on the wire; a row closed by a barrier cannot.
+    A single call can return before its last bytes are on the wire; calls that a barrier follows cannot.
     """
     tensor = torch.ones(nbytes // 4)
     dist.all_reduce(tensor)

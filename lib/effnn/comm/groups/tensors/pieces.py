@@ -1,7 +1,7 @@
 """Large messages in pieces: an MPI library may count the bytes of one call in 32 bits, and fail beyond 2 GiB.
 
-All ranks cut alike, since the sizes of a call are alike on all of them. All pieces are started at once: one that were
-started later would come after other calls on some ranks, and before them on others.
+All ranks cut alike, since the sizes of a call are alike on all of them. All pieces are started at once: a piece
+that is started later could come after another call on one rank and before it on another.
 """
 
 from collections.abc import Callable, Iterator

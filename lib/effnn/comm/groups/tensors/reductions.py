@@ -4,7 +4,7 @@ Three things are made here, the same on every rank, so that it does not matter w
 
 Comparing floats. What a library's minimum of a NaN and a number is depends on which of them it looks at first, so the
 ranks end with different values. They are compared as integers instead: read as a signed integer, with the bits below
-the sign turned round where the sign is set, a float's bits stand in the order of the values (-0 below +0). A NaN is
+the sign inverted where the sign is set, a float's bits stand in the order of the values (-0 below +0). A NaN is
 set to the largest integer for a maximum, the smallest for a minimum, so it wins, as it does in torch's own `amax`.
 
 Flags. A bool is a byte that holds 0 or 1: its sum is the maximum, its product the minimum.
@@ -130,7 +130,7 @@ def _of_floats(operation: str, dtype: torch.dtype, int16: bool) -> Reduction:
         carried = torch.empty(flat.shape, dtype=kind)
         for values, place in _in_blocks(flat, carried):
             wide = values.float() if widened else values
-            _turn(wide.view(kind), place)
+            _invert(wide.view(kind), place)
             if wide.numel() and wide.amax().isnan():  # the common case is that there is none
                 place.masked_fill_(wide.isnan(), winner)
         return carried
@@ -138,9 +138,9 @@ def _of_floats(operation: str, dtype: torch.dtype, int16: bool) -> Reduction:
     def decode(carried: Tensor, flat: Tensor) -> None:
         for bits, place in _in_blocks(carried, flat):
             if widened:
-                place.copy_(_turn(bits, bits).view(torch.float32))
+                place.copy_(_invert(bits, bits).view(torch.float32))
             else:
-                _turn(bits, place.view(kind))
+                _invert(bits, place.view(kind))
 
     return Reduction(operation, encode=encode, decode=decode)
 
@@ -150,7 +150,7 @@ def _in_blocks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]
     return zip(source.split(_BLOCK), target.split(_BLOCK), strict=True)
 
 
-def _turn(bits: Tensor, target: Tensor) -> Tensor:
-    """Turn round the bits below the sign where the sign is set; twice is as before. The target may be `bits`."""
+def _invert(bits: Tensor, target: Tensor) -> Tensor:
+    """Invert the bits below the sign where the sign is set; done twice, they are as before. The target may be `bits`."""
     below = torch.bitwise_right_shift(bits, 8 * bits.itemsize - 1).bitwise_and_(torch.iinfo(bits.dtype).max)
     return torch.bitwise_xor(bits, below, out=target)
