@@ -2,9 +2,9 @@
 
 A library that is not thread safe (oneCCL, MPI in one thread) is only ever entered from its lane. A `Call` starts on the
 lane; it is finished when `start` returns None, or when the request that it returned says so (MPI's non-blocking calls),
-so that a receive that waits does not hold up later calls. What a library cannot do, the lane adds: a
-time-out for every call, errors that reach every waiting caller, and an end of the process that is not held up by a call
-that never returns.
+so that a receive that waits does not hold up later calls. What a library cannot do, the lane adds: a time-out for every
+call, errors that reach every waiting caller, and an end of the process that is not held up by a call that never
+returns.
 """
 
 import atexit

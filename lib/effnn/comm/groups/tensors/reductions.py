@@ -151,6 +151,6 @@ def _in_blocks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _invert(bits: Tensor, target: Tensor) -> Tensor:
-    """Invert the bits below the sign where the sign is set; done twice, they are as before. The target may be `bits`."""
+    """Invert the bits below the sign where the sign is set; twice gives them back. The target may be `bits`."""
     below = torch.bitwise_right_shift(bits, 8 * bits.itemsize - 1).bitwise_and_(torch.iinfo(bits.dtype).max)
     return torch.bitwise_xor(bits, below, out=target)

@@ -1,7 +1,7 @@
 """Sparse gradients over any backend: what a rank has touched travels as padded (ids, values) pairs.
 
-Of torch's backends only gloo sums sparse tensors, and with restrictions; every backend gathers dense ones. The talk says
-so on its slide of DQRM's gradients; `effnn.comm.probing.matrix` checks both ways by running them.
+Of torch's backends only gloo sums sparse tensors, and with restrictions; every backend gathers dense ones, as the
+talk says on its slide of DQRM's gradients. `effnn.comm.probing.matrix` checks both ways by running them.
 """
 
 from collections.abc import Callable, Generator, Sequence
