@@ -5,7 +5,7 @@ Importing this registers "ccl" and "mpi4py" with torch.distributed.
 
 from effnn.comm import backends
 from effnn.comm.backends import BACKENDS, available, init_process_group, unavailable
-from effnn.comm.groups.lane.lane import CollectiveFailed, CollectiveTimeout
+from effnn.comm.groups.lane.call import CollectiveFailed, CollectiveTimeout
 
 backends.register()
 

@@ -1,4 +1,4 @@
-"""One way to make a process group for every backend, or to learn in one sentence why it cannot be had here.
+"""One way to make a process group for every backend, or to learn in one sentence why it is not available here.
 
 The names: gloo and nccl (torch's own), mpi (torch's own, only in a torch built with MPI), mpi4py (ours, over mpi4py)
 and ccl (oneCCL: Intel's oneccl_bindings_for_pytorch when it imports, our own binding of the `oneccl` wheel otherwise).
@@ -9,6 +9,7 @@ Importing `effnn.comm` registers ccl and mpi4py with torch, so that plain
 import importlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -27,28 +28,48 @@ INTEL_BINDINGS = "oneccl_bindings_for_pytorch"
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 
-def unavailable(backend: str, device: str | None = None) -> str | None:
-    """Return why a backend cannot be had here, in one sentence; None if it can.
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend is not available, in one sentence. built: whether it is here, and only lacks a device."""
 
-    device: also ask whether it takes this machine's tensors of that device ("cpu" or "cuda"). Raises InvalidInput for a
-    name that is not in BACKENDS.
+    reason: str
+    built: bool = False
+
+
+def refusal(backend: str, device: str | None = None, ranks: int = 1) -> Refusal | None:
+    """Return why a backend is not available here; None if it is.
+
+    device: also ask whether it takes this machine's tensors of that device ("cpu" or "cuda"). ranks: how many of them
+    are to run on this machine. Raises InvalidInput for a name that is not in BACKENDS.
     """
     if backend not in BACKENDS:
         raise InvalidInput(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     if not dist.is_available():
-        return "this torch was built without torch.distributed"
+        return Refusal("this torch was built without torch.distributed")
     reason = _REASONS[backend]()
-    if reason is not None or device is None:
-        return reason
-    if device not in DEVICES[backend]:
-        return f"{backend} takes {' and '.join(DEVICES[backend])} tensors only"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device on this machine"
+    if reason is not None:
+        return Refusal(reason)
+    devices = DEVICES[backend]
+    if (device == "cuda" and device in devices or devices == ("cuda",)) and not torch.cuda.is_available():
+        return Refusal("no CUDA device on this machine", built=True)
+    if device is not None and device not in devices:
+        return Refusal(f"{backend} takes {' and '.join(devices)} tensors only", built=True)
+    if ranks > 1 and backend == "nccl" and torch.cuda.device_count() < ranks:
+        return Refusal(
+            f"nccl needs one GPU for each of the {ranks} ranks; this machine has {torch.cuda.device_count()}",
+            built=True,
+        )
     return None
 
 
+def unavailable(backend: str, device: str | None = None) -> str | None:
+    """Return the sentence of `refusal`, None if the backend is available."""
+    found = refusal(backend, device)
+    return None if found is None else found.reason
+
+
 def available(device: str | None = None) -> list[str]:
-    """Names of the backends that can be had here (for tensors of `device`)."""
+    """Names of the backends that are available here (for tensors of `device`)."""
     return [backend for backend in BACKENDS if unavailable(backend, device) is None]
 
 
@@ -62,8 +83,11 @@ def init_process_group(
 ) -> None:
     """torch.distributed.init_process_group, with a clear refusal and with what MPI's launcher leaves out.
 
-    backend: a name of BACKENDS, or a mixed configuration such as "cpu:ccl,cuda:nccl". Without rank and world_size they
-    come from the environment (torchrun's RANK and WORLD_SIZE); for mpi4py, from MPI itself.
+    backend: a name of BACKENDS, or a mixed configuration such as "cpu:ccl,cuda:nccl".
+    init_method: where the ranks meet, as of torch.
+    rank, world_size: by default from the environment (torchrun's RANK and WORLD_SIZE); for mpi4py, from MPI itself.
+    timeout: of every call that brings none of its own.
+    options: other arguments of torch's function.
 
     Raises NotAvailable with the sentence of `unavailable`.
     """
@@ -130,7 +154,7 @@ def import_intels_bindings() -> bool:
 
 
 def _oneccl_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    from effnn.comm.groups.oneccl import OneCCLProcessGroup
+    from effnn.comm.groups.oneccl.group import OneCCLProcessGroup
 
     return OneCCLProcessGroup(store, rank, size, _timeout(timeout))
 
@@ -162,9 +186,7 @@ def _no_gloo() -> str | None:
 
 
 def _no_nccl() -> str | None:
-    if not dist.is_nccl_available():
-        return "this torch was built without nccl; a CUDA build of torch has it"
-    return None if torch.cuda.is_available() else "no CUDA device on this machine"
+    return None if dist.is_nccl_available() else "this torch was built without nccl; a CUDA build of torch has it"
 
 
 def _no_mpi() -> str | None:
@@ -182,9 +204,9 @@ def _no_mpi4py() -> str | None:
 def _no_ccl() -> str | None:
     if ccl_provider() not in (None, "effnn"):
         return None
-    from effnn.comm.groups import oneccl_library
+    from effnn.comm.groups.oneccl import library
 
-    return oneccl_library.unavailable()
+    return library.unavailable()
 
 
 _REASONS = {"gloo": _no_gloo, "nccl": _no_nccl, "mpi": _no_mpi, "mpi4py": _no_mpi4py, "ccl": _no_ccl}

@@ -1,4 +1,4 @@
-"""Start a function in several real processes, one a rank, and bring back what each returned.
+"""Start a function in several real processes, one per rank, and bring back what each returned.
 
 Every rank is a process of its own (launching/worker.py) with a process group of torch.distributed around the call. The
 ranks meet through a file in a private folder, so no port is chosen and launches side by side cannot clash. This starts
@@ -37,7 +37,7 @@ STILL_RUNNING = "still running when the time limit ended it"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RankResult:
     """What one rank left."""
 
     rank: int
@@ -47,6 +47,7 @@ class Outcome:
     exit_code: int | None = None  # negative for a signal
     finished: float | None = None  # seconds after the start at which it returned, failed or was ended
     stderr: str = ""  # the last 4000 bytes or so
+    still_running: bool = False  # when the time limit ended it
 
     @property
     def ok(self) -> bool:
@@ -55,31 +56,31 @@ class Outcome:
 
 
 class WorkerFailed(EffnnError, RuntimeError):
-    """A rank failed. `rank` is the first one by time, `outcomes` holds all of them in rank order."""
+    """A rank failed. `rank` is the first one by time, `results` holds all of them in rank order."""
 
-    def __init__(self, outcomes: Sequence[Outcome]):
-        super().__init__(outcomes)
-        self.outcomes = tuple(outcomes)
-        self.rank = _first_failure(outcomes).rank
+    def __init__(self, results: Sequence[RankResult]):
+        super().__init__(results)
+        self.results = tuple(results)
+        self.rank = _first_failure(results).rank
 
     def __str__(self) -> str:
-        first = self.outcomes[self.rank]
-        others = [f"rank {one.rank}: {one.error}" for one in self.outcomes if not one.ok and one is not first]
-        head = f"rank {self.rank} of {len(self.outcomes)} failed after {first.finished:.1f} s: {first.error}"
+        first = self.results[self.rank]
+        others = [f"rank {one.rank}: {one.error}" for one in self.results if not one.ok and one is not first]
+        head = f"rank {self.rank} of {len(self.results)} failed after {first.finished:.1f} s: {first.error}"
         return "\n".join([head, (first.traceback or _last_lines(first.stderr)).rstrip(), *others])
 
 
 class LaunchTimeout(EffnnError, TimeoutError):
-    """The time limit passed before every rank had returned. `outcomes` holds all of them in rank order."""
+    """The time limit passed before every rank had returned. `results` holds all of them in rank order."""
 
-    def __init__(self, outcomes: Sequence[Outcome]):
-        super().__init__(outcomes)
-        self.outcomes = tuple(outcomes)
+    def __init__(self, results: Sequence[RankResult]):
+        super().__init__(results)
+        self.results = tuple(results)
 
     def __str__(self) -> str:
-        late = [one for one in self.outcomes if not one.ok]
+        late = [one for one in self.results if not one.ok]
         return (
-            f"rank {', '.join(str(one.rank) for one in late)} of {len(self.outcomes)} still running after "
+            f"rank {', '.join(str(one.rank) for one in late)} of {len(self.results)} still running after "
             f"{late[0].finished:.1f} s: pass a longer timeout, or look for a collective that not every rank calls. "
             f"The last that rank {late[0].rank} wrote to stderr (on being ended, where it was):\n"
             f"{_last_lines(late[0].stderr)}"
@@ -87,17 +88,17 @@ class LaunchTimeout(EffnnError, TimeoutError):
 
 
 def run(fn: Callable | str, world_size: int, backend: str | None = "gloo", **options) -> list:
-    """Return what `fn` returned in each rank, in rank order. The options are those of `run_outcomes`.
+    """Return what `fn` returned in each rank, in rank order. The options are those of `run_ranks`.
 
-    Raises what `run_outcomes` raises, WorkerFailed with the first failing rank's traceback, and LaunchTimeout.
+    Raises what `run_ranks` raises, WorkerFailed with the first failing rank's traceback, and LaunchTimeout.
     """
-    outcomes = run_outcomes(fn, world_size, backend, **options)
-    if not all(one.ok for one in outcomes):
-        raise LaunchTimeout(outcomes) if _first_failure(outcomes).error == STILL_RUNNING else WorkerFailed(outcomes)
-    return [one.result for one in outcomes]
+    results = run_ranks(fn, world_size, backend, **options)
+    if not all(one.ok for one in results):
+        raise LaunchTimeout(results) if _first_failure(results).still_running else WorkerFailed(results)
+    return [one.result for one in results]
 
 
-def run_outcomes(
+def run_ranks(
     fn: Callable | str,
     world_size: int,
     backend: str | None = "gloo",
@@ -110,15 +111,21 @@ def run_outcomes(
     group_timeout: float = 60.0,
     threads: int = 1,
     grace: float = 0.0,
-) -> list[Outcome]:
-    """Call fn(*args, **kwargs) in `world_size` processes; return the outcome of each, in rank order.
+) -> list[RankResult]:
+    """Call a function in `world_size` processes; return the `RankResult` of each, in rank order.
 
     fn: a top-level function of a module, or "package.module:function". It finds its rank in torch.distributed, or in
-    RANK and WORLD_SIZE of the environment. backend: a name of `effnn.comm.backends`, or None for no process group;
-    "mpi4py" starts the ranks through mpiexec. nodes: the ranks are spread over them in equal consecutive blocks. env:
-    more variables for the ranks; they win over those set here. timeout: seconds for everything. group_timeout: seconds
-    after which a collective that cannot complete is an error. threads: torch threads of a rank. grace: seconds that
-    the others have to end by themselves once a rank has failed; the rest is ended, and so are all when this raises.
+      RANK and WORLD_SIZE of the environment.
+    world_size: number of ranks.
+    backend: a name of `effnn.comm.backends`, or None for no process group; "mpi4py" starts the ranks through mpiexec.
+    args, kwargs: what the function is called with.
+    nodes: the ranks are spread over them in equal consecutive blocks.
+    env: more variables for the ranks; they win over those set here.
+    timeout: seconds for everything.
+    group_timeout: seconds after which a collective that cannot complete is an error.
+    threads: torch threads per rank.
+    grace: seconds that the others have to end by themselves once a rank has failed. Ranks that still run after that
+      are ended, and all of them are where this function raises.
 
     What a rank prints goes to the log `effnn.comm.launch`, level INFO. Raises InvalidInput for arguments that do not
     fit or cannot be sent to another process, and NotAvailable where there is no mpiexec.
@@ -138,7 +145,7 @@ def run_outcomes(
         finally:
             ranks.end(TERMINATE)
             output.pass_on(last=True)
-        return [_outcome(rank, reports[rank], ranks, started) for rank in range(world_size)]
+        return [_rank_result(rank, reports[rank], ranks, started) for rank in range(world_size)]
 
 
 def _check(world_size: int, backend: str | None, nodes: list[Node] | None, timeout: float, threads: int) -> None:
@@ -219,11 +226,12 @@ def _wait(ranks: Ranks, output: Output, started: float, timeout: float, grace: f
             deadline = min(deadline, looked + grace)
     while len(reports) == ranks.size and ranks.running() and time.monotonic() < looked + LINGER:
         time.sleep(POLL)
-    ended = STILL_RUNNING if first_failure is None else f"ended by the launcher after rank {first_failure} failed"
-    return {rank: reports.get(rank) or Report(looked, error=ended) for rank in range(ranks.size)}
+    late = first_failure is None
+    ended = STILL_RUNNING if late else f"ended by the launcher after rank {first_failure} failed"
+    return {rank: reports.get(rank) or Report(looked, error=ended, still_running=late) for rank in range(ranks.size)}
 
 
-def _outcome(rank: int, report: Report, ranks: Ranks, started: float) -> Outcome:
+def _rank_result(rank: int, report: Report, ranks: Ranks, started: float) -> RankResult:
     result, error, text = None, report.error, report.traceback
     if report.result is not None:
         try:
@@ -231,7 +239,9 @@ def _outcome(rank: int, report: Report, ranks: Ranks, started: float) -> Outcome
         except Exception as failure:
             error = f"{type(failure).__name__}: the result cannot be unpickled here: {failure}"
     finished = report.time - started
-    return Outcome(rank, result, error, text, ranks.exit_code(rank), finished, ranks.stderr(rank))
+    return RankResult(
+        rank, result, error, text, ranks.exit_code(rank), finished, ranks.stderr(rank), report.still_running
+    )
 
 
 def _death(code: int) -> str:
@@ -241,8 +251,8 @@ def _death(code: int) -> str:
     return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
-def _first_failure(outcomes: Iterable[Outcome]) -> Outcome:
-    return min((one for one in outcomes if not one.ok), key=lambda one: one.finished)
+def _first_failure(results: Iterable[RankResult]) -> RankResult:
+    return min((one for one in results if not one.ok), key=lambda one: one.finished)
 
 
 def _last_lines(text: str, count: int = 30) -> str:

@@ -1,4 +1,4 @@
-"""Names of backends: what can be had, why not, who provides "ccl", and mixed configurations."""
+"""Names of backends: what is available, why not, who provides "ccl", and mixed configurations."""
 
 import importlib.metadata
 import importlib.util
@@ -16,7 +16,8 @@ from workers import units as workers
 
 from effnn.base import InvalidInput, NotAvailable
 from effnn.comm import backends, launch
-from effnn.comm.groups import mpi, oneccl_library, other_devices
+from effnn.comm.groups import identity, mpi
+from effnn.comm.groups.oneccl import library as oneccl_library
 
 EXTRA = r"pip install 'effnn\[ccl\]'"
 ENDED = timedelta(seconds=20)
@@ -35,7 +36,7 @@ def our_ccl(monkeypatch):
     monkeypatch.setattr(backends, "ccl_provider", lambda: "effnn")
 
 
-# What can be had here
+# What is available here
 
 
 def test_every_backend_is_had_or_refused_in_one_sentence():
@@ -250,14 +251,14 @@ def test_a_group_for_another_device(monkeypatch, nothing_built):
         return workers.FakeProcessGroup._create_internal(options.group_rank, options.group_size)
 
     monkeypatch.setitem(dist.Backend._plugins, "EXTENDED", dist.Backend._BackendPlugin(with_options, True))
-    monkeypatch.setattr(other_devices, "configured", lambda owner: {"cuda": "nccl", "xpu": "xccl", "meta": "extended"})
+    monkeypatch.setattr(identity, "configured", lambda owner: {"cuda": "nccl", "xpu": "xccl", "meta": "extended"})
     arguments = dist.HashStore(), 0, 2, ENDED
     with pytest.raises(NotAvailable, match="nccl: this torch was built without it; install a CUDA build"):
-        other_devices.other_device_group(Owner(), "cuda", *arguments)
+        identity.other_device_group(Owner(), "cuda", *arguments)
     with pytest.raises(NotAvailable, match="xccl: no such backend is registered"):
-        other_devices.other_device_group(Owner(), "xpu", *arguments)
+        identity.other_device_group(Owner(), "xpu", *arguments)
     with pytest.raises(InvalidInput, match=r"for mps tensors name a backend as well, as in .*cpu:ccl,cuda:nccl"):
-        other_devices.other_device_group(Owner(), "mps", *arguments)
-    group = other_devices.other_device_group(Owner(), "meta", *arguments)
+        identity.other_device_group(Owner(), "mps", *arguments)
+    group = identity.other_device_group(Owner(), "meta", *arguments)
     assert made == [(0, 2, ENDED, None)]
     assert group.allreduce([torch.ones(3, device="meta")]).wait()

@@ -1,5 +1,6 @@
 """The first diagnosis on a machine, `python -m effnn.comm.check`, in every way of starting it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from helpers import backends as comm_backends
 from effnn import paths
 from effnn.base import NotAvailable
 from effnn.comm import backends, check, launch
-from effnn.comm.groups import mpi
-from effnn.comm.probing import operations
+from effnn.comm.groups import interfaces, mpi
+from effnn.comm.probing import answers, operations
+from effnn.comm.probing.answers import Answer, Status
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
@@ -98,44 +100,62 @@ def test_an_unknown_backend_is_exit_code_2(capsys):
     assert caught.value.code == 2 and all(f"'{name}'" in said for name in ("tcp", *backends.BACKENDS))
 
 
-def test_backends_that_cannot_be_had_fail_only_where_they_were_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr(backends, "unavailable", lambda name: None if name == "gloo" else f"no {name} today")
-    done = launch.Outcome(0, result=(True, ["gloo: fine"])), launch.Outcome(1, result=(True, []))
-    monkeypatch.setattr(launch, "run_outcomes", lambda *_, **__: list(done))
+ALL_WELL = {name: Answer(Status.OK) for name in operations.OPERATIONS}
+
+
+def lines_of(*answers):
+    """What is said of the first operations, and of those after them."""
+    names = list(operations.OPERATIONS)
+    return [f"  {name:16}{words}" for name, words in zip(names, [*answers, *["not run"] * len(names)], strict=False)]
+
+
+def test_backends_that_are_not_available_fail_only_where_they_were_asked_for(capsys, monkeypatch):
+    def refusal(name, *_, **__):
+        return None if name == "gloo" else backends.Refusal(f"no {name} today")
+
+    monkeypatch.setattr(backends, "refusal", refusal)
+    monkeypatch.setattr(answers, "in_new_processes", lambda *_, **__: ALL_WELL)
     assert check.main(["nccl"]) == 1 and check.main([]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "nccl: no nccl today",
-        "gloo: fine",
-        *(f"{name}: no {name} today" for name in backends.BACKENDS[1:]),
-    ]
+    refused, heading, *said = capsys.readouterr().out.splitlines()
+    assert refused == "nccl: no nccl today" and heading.startswith("gloo: 2 ranks on ")
+    assert said == [*lines_of(*["ok"] * 11), *(f"{name}: no {name} today" for name in backends.BACKENDS[1:])]
 
 
 def test_a_rank_that_dies_is_told(capsys, monkeypatch):
-    died = launch.Outcome(1, error="killed by SIGSEGV", finished=1.0)
-    told = launch.Outcome(0, result=(False, ["gloo: 2 ranks", f"  send            rank 1: {check.NO_ANSWER}"]))
-    monkeypatch.setattr(launch, "run_outcomes", lambda *_, **__: [told, died])
+    died = {"send": Answer(Status.OK), "recv": Answer(Status.ERROR, "killed by SIGSEGV", 1)}
+    monkeypatch.setattr(answers, "in_new_processes", lambda *_, **__: died)
     assert check.main(["gloo"]) == 1
-    assert capsys.readouterr().out.splitlines()[1:] == [*told.result[1][1:], "  rank 1: killed by SIGSEGV"]
+    assert capsys.readouterr().out.splitlines()[1:] == lines_of("ok", "rank 1: killed by SIGSEGV")
 
 
 def test_when_no_rank_begins_the_first_error_is_told(capsys, monkeypatch):
-    failed = [launch.Outcome(rank, error=f"RuntimeError: {rank}", finished=2.0 - rank) for rank in range(2)]
-    monkeypatch.setattr(launch, "run_outcomes", lambda *_, **__: failed)
+    failed = [launch.RankResult(rank, error=f"RuntimeError: {rank}", finished=2.0 - rank) for rank in range(2)]
+    monkeypatch.setattr(launch, "run_ranks", lambda *_, **__: failed)
     assert check.main(["gloo"]) == 1
-    assert capsys.readouterr().out.splitlines() == ["gloo: no check was made", "  rank 1: RuntimeError: 1"]
+    assert capsys.readouterr().out.splitlines()[1:] == lines_of("rank 1: RuntimeError: 1")
 
 
 def test_what_ranks_say_becomes_one_sentence():
-    none = check.NO_ANSWER
-    assert check._first_wrong(["ok", "ok"]) is None
-    assert check._first_wrong(["ok", "broken"]) == "rank 1: broken"
-    assert check._first_wrong(["late", "ok", none]) == f"rank 2: {none} (1 more of 3 ranks failed)"
+    well, broken = Answer(Status.OK, rank=0, time=1.0), Answer(Status.ERROR, "broken", 1, 2.0)
+    late, silent = Answer(Status.ERROR, "late", 0, 1.0), answers._answer(None, 2)
+    assert answers.together([well, well]).sentence == "ok"
+    assert answers.together([well, broken]).sentence == "rank 1: broken"
+    assert answers.together([broken, late]).sentence == "rank 0: late (1 more of the ranks failed)"
+    no_answer = "rank 2: no answer: the process has ended or is stuck (1 more of the ranks failed)"
+    assert answers.together([late, well, silent]).sentence == no_answer
+    assert Answer(Status.WRONG, "1.0", 3).sentence == "rank 3: wrong result: 1.0"
     error = RuntimeError("[/a/b/pair.cc:15] timed out connecting\nand more")
-    assert check._sentence(error) == "RuntimeError: timed out connecting"
-    assert check._sentence(NotAvailable("no such thing")) == "no such thing"
+    assert answers.sentence(error) == "RuntimeError: timed out connecting"
+    assert answers.sentence(NotAvailable("no such thing")) == "no such thing"
+
+
+def test_of_a_time_out_and_the_connections_that_it_costs_the_time_out_is_the_cause():
+    hang, lost = Answer(Status.HANG, "timed out", 0, 10.5), Answer(Status.ERROR, "connection lost", 1, 10.0)
+    assert answers.together([hang, lost]).status is Status.HANG
+    assert answers.together([dataclasses.replace(hang, time=12.0), lost]).status is Status.ERROR
 
 
 def test_an_interface_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     with pytest.raises(Exception, match="GLOO_SOCKET_IFNAME names eth99; the network interfaces of this host: .*lo"):
-        check._check_interfaces()
+        interfaces.expect_interfaces()

@@ -14,15 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
-from workers import launched as comm_workers
+from workers import launched
 
 from effnn import paths
 from effnn.base import InvalidInput, NotAvailable
 from effnn.comm import launch
 from effnn.comm.groups import mpi
 from effnn.comm.groups.interfaces import loopback
-from effnn.comm.launch import LaunchTimeout, WorkerFailed, run, run_outcomes
+from effnn.comm.launch import LaunchTimeout, WorkerFailed, run, run_ranks
 from effnn.comm.launching.worker import start_time
 
 WITH_MPI = pytest.param(
@@ -63,25 +64,25 @@ def all_gone(processes, within):
 
 @BOTH
 def test_all_reduce_gives_the_sum_on_every_rank(backend):
-    assert [value.item() for value in run(comm_workers.all_reduced, 3, backend)] == [6, 6, 6]
+    assert [value.item() for value in run(launched.all_reduced, 3, backend)] == [6, 6, 6]
 
 
 def test_results_come_in_rank_order_and_text_names_a_function():
     assert run("workers.launched:rank_and", 2, None, args=("a",), kwargs={"suffix": "b"}) == [(0, "ab"), (1, "ab")]
 
 
-def test_an_outcome_says_when_and_how_its_rank_ended_and_the_folder_is_removed(tmp_path, monkeypatch):
+def test_a_rank_result_says_when_and_how_its_rank_ended_and_the_folder_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (outcome,) = run_outcomes(comm_workers.settings, 1, None)
-    folder, path, leads_its_group = outcome.result
-    assert outcome.ok and outcome.exit_code == 0 and 0 < outcome.finished < 10
+    (result,) = run_ranks(launched.settings, 1, None)
+    folder, path, leads_its_group = result.result
+    assert result.ok and result.exit_code == 0 and 0 < result.finished < 10
     assert folder == os.getcwd() and path == sys.path and leads_its_group
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_ranks_print_is_logged_line_by_line(caplog):
     with caplog.at_level(logging.INFO, logger="effnn.comm.launch"):
-        run(comm_workers.prints, 2, None)
+        run(launched.prints, 2, None)
     assert sorted(record.getMessage() for record in caplog.records) == [
         "rank 0: first of 0",
         "rank 0: no newline at the end",
@@ -92,7 +93,7 @@ def test_what_ranks_print_is_logged_line_by_line(caplog):
 
 def test_two_launches_at_once_do_not_clash():
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda size: run(comm_workers.all_reduced, size), (2, 1)))
+        both = list(pool.map(lambda size: run(launched.all_reduced, size), (2, 1)))
     assert [[value.item() for value in one] for one in both] == [[3, 3], [1]]
 
 
@@ -108,9 +109,7 @@ def test_environment_of_a_rank_and_what_it_does_not_inherit(monkeypatch):
         "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID"
     ).split()
     names += ["GLOO_SOCKET_IFNAME", "EFFNN_INTERFACE", "OMP_WAIT_POLICY", "MINE"]
-    second = run(comm_workers.environment, 2, None, args=names, threads=2, env={"MINE": "x", "LOCAL_WORLD_SIZE": "9"})[
-        1
-    ]
+    second = run(launched.environment, 2, None, args=names, threads=2, env={"MINE": "x", "LOCAL_WORLD_SIZE": "9"})[1]
     assert list(second.values()) == [
         *["1", "1", "2", "9", "0", "127.0.0.1", None, None, loopback(), loopback(), "PASSIVE", "x", 2]
     ]
@@ -119,7 +118,7 @@ def test_environment_of_a_rank_and_what_it_does_not_inherit(monkeypatch):
 def test_ranks_are_spread_over_nodes_in_blocks_and_started_through_their_prefix():
     nodes = [FakeNode(("env", f"HERE={i}"), f"veth{i}", f"10.0.0.{i + 1}") for i in range(2)]
     names = "HERE GROUP_RANK LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME EFFNN_INTERFACE".split()
-    ranks = run(comm_workers.environment, 4, None, args=names, nodes=nodes)
+    ranks = run(launched.environment, 4, None, args=names, nodes=nodes)
     assert [tuple(rank[name] for name in names) for rank in ranks] == [
         ("0", "0", "0", "2", "10.0.0.1", "veth0", "veth0"),
         ("0", "0", "1", "2", "10.0.0.1", "veth0", "veth0"),
@@ -131,7 +130,7 @@ def test_ranks_are_spread_over_nodes_in_blocks_and_started_through_their_prefix(
 @pytest.mark.skipif(mpi.unavailable() is not None, reason=str(mpi.unavailable()))
 def test_ranks_below_mpiexec_have_the_same_variables():
     names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR".split()
-    ranks = run(comm_workers.environment, 2, "mpi4py", args=names)
+    ranks = run(launched.environment, 2, "mpi4py", args=names)
     assert [[rank[name] for name in names] for rank in ranks] == [[str(i), str(i), "2", "127.0.0.1"] for i in (0, 1)]
 
 
@@ -141,24 +140,24 @@ def test_ranks_below_mpiexec_have_the_same_variables():
 def test_the_first_failing_ranks_traceback_is_forwarded_and_the_others_are_ended():
     begin = time.monotonic()
     with pytest.raises(WorkerFailed) as caught:
-        run(comm_workers.raises_on, 2, None, args=(1,))
+        run(launched.raises_on, 2, None, args=(1,))
     assert time.monotonic() - begin < 9 and caught.value.rank == 1
     message = str(caught.value)
     assert "rank 1 of 2 failed" in message and "rank 0: ended by the launcher after rank 1 failed" in message
     assert 'raise ValueError(f"boom on {rank}' in message and "and a second line" in message
-    ended, failed = caught.value.outcomes
+    ended, failed = caught.value.results
     assert failed.error == "ValueError: boom on 1" and failed.exit_code == 1 and ended.exit_code == -signal.SIGTERM
 
 
 def test_within_the_grace_others_may_still_return():
-    kept, failed = run_outcomes(comm_workers.raises_on, 2, None, args=(1, 1.0), grace=8)
+    kept, failed = run_ranks(launched.raises_on, 2, None, args=(1, 1.0), grace=8)
     assert kept.ok and kept.exit_code == 0 and not failed.ok and kept.finished > failed.finished
 
 
 @BOTH
 def test_after_a_rank_was_killed_the_others_raise_by_the_groups_time_out(backend):
-    one, two, dead = run_outcomes(
-        comm_workers.one_dies_in_all_reduce, 3, backend, args=(comm_workers.killed,), group_timeout=3, grace=15
+    one, two, dead = run_ranks(
+        launched.one_dies_in_all_reduce, 3, backend, args=(launched.killed,), group_timeout=3, grace=15
     )
     assert WorkerFailed([one, two, dead]).rank == 2  # the cause is told from what followed from it
     assert dead.error == "killed by SIGKILL" and dead.exit_code == -signal.SIGKILL
@@ -172,18 +171,18 @@ def test_after_a_rank_was_killed_the_others_raise_by_the_groups_time_out(backend
         ("exits_with", (3,), "exit code 3 without a result", 3),
         ("exits_at_once", (0,), "exit code 0 without a result", 0),
         ("segmentation_fault", (), "killed by SIGSEGV", -signal.SIGSEGV),
-        ("no_such_function", (), "AttributeError: module 'comm_workers' has no attribute 'no_such_function'", 1),
+        ("no_such_function", (), "AttributeError: module 'workers.launched' has no attribute 'no_such_function'", 1),
     ],
 )
 def test_ways_to_end_without_a_result(function, args, error, code):
-    (outcome,) = run_outcomes(f"workers.launched:{function}", 1, None, args=args)
-    assert (outcome.error, outcome.exit_code) == (error, code)
-    assert function != "exits_with" or outcome.stderr == "last words\n"
+    (result,) = run_ranks(f"workers.launched:{function}", 1, None, args=args)
+    assert (result.error, result.exit_code) == (error, code)
+    assert function != "exits_with" or result.stderr == "last words\n"
 
 
 def test_a_result_that_cannot_be_pickled_is_that_ranks_error():
     with pytest.raises(WorkerFailed, match="the result, a function, cannot be pickled, so it cannot be returned"):
-        run(comm_workers.returns_something_that_cannot_be_pickled, 1, None)
+        run(launched.returns_something_that_cannot_be_pickled, 1, None)
 
 
 def test_when_mpiexec_fails_its_words_are_in_the_error(tmp_path, monkeypatch):
@@ -193,7 +192,7 @@ def test_when_mpiexec_fails_its_words_are_in_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr(mpi, "launcher", lambda: broken)
     monkeypatch.setattr(mpi, "unavailable", lambda: None)
     with pytest.raises(WorkerFailed, match="exit code 5 without a result\nno such fabric"):
-        run(comm_workers.all_reduced, 2, "mpi4py")
+        run(launched.all_reduced, 2, "mpi4py")
 
 
 # No process is left
@@ -202,39 +201,46 @@ def test_when_mpiexec_fails_its_words_are_in_the_error(tmp_path, monkeypatch):
 @BOTH
 def test_at_the_time_limit_all_are_ended_and_the_message_says_where_they_were(backend, tmp_path):
     with pytest.raises(LaunchTimeout) as caught:
-        run(comm_workers.leaves_a_pid_and_sleeps, 2, backend, args=(str(tmp_path), True), timeout=12.0)
+        run(launched.leaves_a_pid_and_sleeps, 2, backend, args=(str(tmp_path), True), timeout=12.0)
     assert "rank 0, 1 of 2 still running after 12." in str(caught.value)
-    assert "comm_workers.py" in str(caught.value) and "in leaves_a_pid_and_sleeps" in str(caught.value)
-    assert all(outcome.error == launch.STILL_RUNNING for outcome in caught.value.outcomes)
+    assert "launched.py" in str(caught.value) and "in leaves_a_pid_and_sleeps" in str(caught.value)
+    assert all(result.error == launch.STILL_RUNNING for result in caught.value.results)
     assert all_gone(pids(tmp_path, ["rank-0", "rank-1", "child-0", "child-1"]), within=2)
 
 
 def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TERMINATE", 0.5)
-    (outcome,) = run_outcomes(comm_workers.ignores_sigterm_and_sleeps, 1, None, args=(str(tmp_path),), timeout=3)
-    assert outcome.error == launch.STILL_RUNNING and outcome.exit_code == -signal.SIGKILL
+    (result,) = run_ranks(launched.ignores_sigterm_and_sleeps, 1, None, args=(str(tmp_path),), timeout=3)
+    assert result.error == launch.STILL_RUNNING and result.exit_code == -signal.SIGKILL
     assert all_gone(pids(tmp_path, ["rank-0"]), within=1)
 
 
 def test_a_result_counts_though_its_rank_does_not_end_and_children_left_behind_are_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LINGER", 0.5)
-    (outcome,) = run_outcomes(comm_workers.leaves_a_child_and_a_thread, 1, None, args=(str(tmp_path),))
-    assert outcome.ok and outcome.result == "done" and outcome.exit_code == -signal.SIGTERM
+    (result,) = run_ranks(launched.leaves_a_child_and_a_thread, 1, None, args=(str(tmp_path),))
+    assert result.ok and result.result == "done" and result.exit_code == -signal.SIGTERM
     assert all_gone(pids(tmp_path, ["child-0"]), within=1)
 
 
 @BOTH
-def test_workers_end_when_the_launcher_is_killed_and_the_next_start_removes_its_folder(backend, tmp_path, monkeypatch):
-    call = f"run('workers.launched:leaves_a_pid_and_sleeps', 2, {backend!r}, args=({str(tmp_path)!r},))"
+@pytest.mark.parametrize(
+    ("how", "function"),
+    [(signal.SIGKILL, "leaves_a_pid_and_sleeps"), (signal.SIGTERM, "holds_the_global_lock")],
+)
+def test_workers_end_with_the_launcher_and_the_next_start_removes_its_folder(
+    backend, how, function, tmp_path, monkeypatch
+):
+    call = f"run('workers.launched:{function}', 2, {backend!r}, args=({str(tmp_path)!r},))"
     script = f"import sys; sys.path.append({str(paths.TESTS)!r})\nfrom effnn.comm.launch import run\n{call}"
     launcher = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
-        processes = pids(tmp_path, ["rank-0", "rank-1"], within=9)
+        ranks = pids(tmp_path, ["rank-0", "rank-1"], within=60)
+        started = {child.pid for child in psutil.Process(launcher.pid).children(recursive=True)}  # mpiexec's as well
+        assert set(ranks) <= started
     finally:
-        launcher.kill()
+        launcher.send_signal(how)
         launcher.wait()
-    assert all_gone(processes, within=5)
-    assert len(list(tmp_path.glob("effnn-launch-*"))) == 1
+    assert all_gone(started, within=5)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     launch._private_folder().cleanup()
     assert not list(tmp_path.glob("effnn-launch-*"))
@@ -260,7 +266,7 @@ def test_ctrl_c_ends_the_workers_before_it_goes_on(tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run(comm_workers.leaves_a_pid_and_sleeps, 2, None, args=(str(tmp_path),))
+        run(launched.leaves_a_pid_and_sleeps, 2, None, args=(str(tmp_path),))
     thread.join()
     assert all_gone(pids(tmp_path, ["rank-0", "rank-1"]), within=0.1)
 
@@ -272,7 +278,7 @@ def at_home(value):
     return value
 
 
-@pytest.mark.parametrize("function", [lambda: 1, threading.Lock().acquire, "comm_workers.prints", ":f"])
+@pytest.mark.parametrize("function", [lambda: 1, threading.Lock().acquire, "workers.launched.prints", ":f"])
 def test_what_cannot_be_called_elsewhere_is_refused(function):
     with pytest.raises(InvalidInput, match="top-level function|package.module:function"):
         run(function, 2, None)

@@ -8,7 +8,7 @@ CPU_BACKENDS = [name for name in backends.BACKENDS if "cpu" in backends.DEVICES[
 
 
 def parameters(names=CPU_BACKENDS):
-    """One pytest parameter a backend; those that cannot be had here are skipped with the reason."""
+    """One pytest parameter per backend; those that are not available here are skipped with the reason."""
     found = []
     for name in names:
         reason = backends.unavailable(name, "cpu")
@@ -17,7 +17,7 @@ def parameters(names=CPU_BACKENDS):
 
 
 def need(name):
-    """Skip a test where a backend cannot be had."""
+    """Skip a test where a backend is not available."""
     reason = backends.unavailable(name, "cpu")
     if reason:
         pytest.skip(f"{name}: {reason}")

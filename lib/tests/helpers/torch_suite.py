@@ -1,10 +1,10 @@
-"""Runs PyTorch's own distributed tests over a backend; see test_comm_torch_suite.py.
+"""Runs PyTorch's own distributed tests over a backend; see test_torch_suite.py.
 
 The tests of `_DistTestBase` run one after another in the same two processes, each with a process group of its own, as
 making processes anew costs more than most tests. A failure or a hang ends the processes; the tests that are left go on
 in new ones, first the one that failed: only what fails in fresh processes counts as failed.
 
-`python torch_suite.py BACKEND [TEST ...]` prints one line a test.
+`python torch_suite.py BACKEND [TEST ...]` prints one line per test.
 """
 
 import faulthandler
@@ -90,7 +90,7 @@ def _batch(backend: str, names: list[str], seconds: float, folder: Path) -> dict
     """Run tests up to the first that fails; returns the results of at least one."""
     for name in ("barrier", "test_dir", "init_dir"):
         (folder / name).mkdir()
-    outcomes = launch.run_outcomes(
+    results = launch.run_ranks(
         run_tests,
         RANKS,
         "mpi4py" if backend == "mpi4py" else None,  # MPI's ranks are started by mpiexec
@@ -107,7 +107,7 @@ def _batch(backend: str, names: list[str], seconds: float, folder: Path) -> dict
             found[name] = of_ranks[0]
             continue
         failures = [f"rank {rank}: {one.detail}" for rank, one in enumerate(of_ranks) if one and one.state == FAILED]
-        said = [f"rank {one.rank}: {one.error}\n{one.stderr}" for one in outcomes if not one.ok]
+        said = [f"rank {one.rank}: {one.error}\n{one.stderr}" for one in results if not one.ok]
         states = [one.state if one else "not ended" for one in of_ranks]
         found[name] = Result(FAILED, "\n".join(failures or said or [f"the ranks disagree: {', '.join(states)}"]))
         break

@@ -1,4 +1,4 @@
-"""effnn.comm.check with one operation that goes wrong on rank 1, for test_comm_check.py."""
+"""effnn.comm.check with one operation that goes wrong on rank 1, for test_check.py."""
 
 import sys
 

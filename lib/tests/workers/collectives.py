@@ -1,4 +1,4 @@
-"""What the ranks of test_comm_groups.py run: checks of a process group, each against values worked out by hand here.
+"""What the ranks of test_collectives.py run: checks of a process group, each against values worked out by hand here.
 
 Every check runs on all ranks of the default group and raises an AssertionError. Values are small whole numbers that
 depend on the rank, so sums are exact in every type.

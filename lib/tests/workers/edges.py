@@ -1,4 +1,4 @@
-"""What the ranks of test_comm_edges.py run: values and arguments at the edge of what a group takes."""
+"""What the ranks of test_edges.py run: values and arguments at the edge of what a group takes."""
 
 import os
 from datetime import timedelta
@@ -209,7 +209,7 @@ def refused():
         "is this rank itself": lambda: group.recv([three], rank, 0),
         "expected a tag from 0 to": lambda: group.send([three], (rank + 1) % size, -1),
         "tag from 0": lambda: group.recv([three], (rank + 1) % size, 2**31),
-        "one a rank, got 1": lambda: group.allgather([[torch.zeros(3)]], [three]),
+        "one per rank, got 1": lambda: group.allgather([[torch.zeros(3)]], [three]),
         "every tensor to be torch.float32": lambda: group.allgather([[torch.zeros(3).int()] * size], [three]),
         "its type; got": lambda: dist.all_gather_into_tensor(torch.zeros(3 * size).int(), three),
         "as many outputs as inputs": lambda: group.allgather_into_tensor_coalesced(

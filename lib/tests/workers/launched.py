@@ -1,4 +1,4 @@
-"""Functions that test_comm_launch.py runs in the ranks of a launch."""
+"""Functions that test_launch.py runs in the ranks of a launch."""
 
 import ctypes
 import os
@@ -70,6 +70,12 @@ def leaves_a_pid_and_sleeps(folder, child=False):
         sleeper = subprocess.Popen(["sleep", "300"])
         Path(folder, f"child-{os.environ['RANK']}").write_text(str(sleeper.pid))
     time.sleep(300)
+
+
+def holds_the_global_lock(folder):
+    """Sleep in C without giving up Python's lock, as MPI's start does: no other thread of the rank runs."""
+    Path(folder, f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+    ctypes.PyDLL(None).sleep(300)
 
 
 def ignores_sigterm_and_sleeps(folder):

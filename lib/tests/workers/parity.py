@@ -1,4 +1,4 @@
-"""What the ranks of test_comm_parity.py run: calls that gloo answers, each returning what can be compared.
+"""What the ranks of test_parity.py run: calls that gloo answers, each returning what can be compared.
 
 Every call runs on the default group, whatever its backend. What a call returns, or the name of the error that it
 raises, is compared with what gloo gave.
@@ -42,7 +42,7 @@ def place():
 
 
 def reduced(operation, values):
-    """What all_reduce, reduce and the two reduce_scatters make of one row of values a rank."""
+    """What all_reduce, reduce and the two reduce_scatters make of one row of values per rank."""
     rank, size = place()
     operation = getattr(dist.ReduceOp, operation)
     found = []

@@ -1,4 +1,4 @@
-"""What the ranks of the test_comm_* unit tests run: plain torch.distributed, mixed devices, sparse sums, checks."""
+"""What the ranks of the tests of effnn.comm run: plain torch.distributed, mixed devices, sparse sums, checks."""
 
 import os
 import signal
@@ -322,10 +322,10 @@ def errors_of_the_library():
 
 
 def refused_call(group):
-    from effnn.comm.groups.lane.lane import Call
-    from effnn.comm.groups.oneccl_library import TYPES
+    from effnn.comm.groups.lane.call import Call
+    from effnn.comm.groups.oneccl.library import TYPES
 
     tensor = torch.ones(4)
     average = 4  # onecclAvg
-    arguments = tensor.data_ptr(), tensor.data_ptr(), 4, TYPES["f32"], average
+    arguments = tensor.data_ptr(), tensor.data_ptr(), 4, TYPES[torch.float32], average
     return Call("average", lambda: group._communicator.call("AllReduce", *arguments), [tensor], timeout=20)

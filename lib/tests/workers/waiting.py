@@ -1,4 +1,4 @@
-"""What the ranks of test_comm_waiting.py run."""
+"""What the ranks of test_waiting.py run."""
 
 import os
 import time

@@ -81,8 +81,11 @@ def overlapped_ms(
     """Return the time in ms at which the all-reduce of the last bucket ends (computed), counted like the ready times.
 
     buckets: (ready_ms, nbytes) in the order of their all-reduces, which share the link one after the other, as DDP
-    issues them during the backward pass. fixed_ms: cost per step that is not the wire's (a comm hook's own work, as
-    measured on an unshaped link), added once.
+      issues them during the backward pass.
+    world_size, nodes: as in link_bytes.
+    link: between the nodes.
+    fixed_ms: cost per step that is not the wire's (a comm hook's own work, as measured on an unshaped link), added
+      once.
     """
     if not buckets or not all(0 <= ready < math.inf for ready, _ in buckets):
         raise InvalidInput("buckets: give at least one (ready_ms, nbytes), with times of 0 or more")
@@ -101,7 +104,7 @@ def exposed_ms(
     fixed_ms: float = 0.0,
     nodes: int | None = None,
 ) -> float:
-    """Return the communication in ms that the computation does not hide (computed): what a step takes longer by.
+    """Return the communication in ms that the computation does not hide (computed): by how much a step takes longer.
 
     That is overlapped_ms minus the time at which the last bucket is ready; arguments and errors as there.
     """

@@ -178,7 +178,7 @@ class EmulatedNetwork:
 
 
 def unavailable() -> str | None:
-    """Return in one sentence why emulated nodes cannot be had here, or None if they can.
+    """Return in one sentence why emulated nodes are not available here, or None if they can.
 
     Found by setting up two shaped nodes and removing them again (about 0.1 s), once per process.
     """

@@ -21,31 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput, NotAvailable
-from effnn.comm.groups.lane.lane import Call, Lane, LaneWork, LibraryError, Request
-from effnn.comm.groups.lane.requests import AllOf
+from effnn.comm.groups.lane.call import AllOf, Call, LibraryError, Request
+from effnn.comm.groups.lane.handle import LaneWork
+from effnn.comm.groups.lane.lane import Lane
 from effnn.comm.groups.process_group import LaneProcessGroup
 from effnn.comm.groups.tensors import pieces
-from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view
+from effnn.comm.groups.tensors.layout import as_bytes, flat_in_place, flat_view
 from effnn.comm.groups.tensors.pieces import by_columns, in_pieces
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env), which has mpi4py and Intel MPI"
 
-SUPPORT = dict.fromkeys(
-    (
-        "send",
-        "recv",
-        "broadcast",
-        "all_reduce",
-        "reduce",
-        "all_gather",
-        "gather",
-        "scatter",
-        "reduce_scatter",
-        "all_to_all",
-        "barrier",
-    ),
-    "native",
-)
+_CALLS = "send recv broadcast all_reduce reduce all_gather gather scatter reduce_scatter all_to_all barrier"
+SUPPORT = dict.fromkeys(_CALLS.split(), "native")
 
 _LARGEST_TAG = 32767  # the least that MPI promises
 
@@ -151,15 +138,10 @@ class MPIProcessGroup(LaneProcessGroup):
             )
         self._store.set(f"mpi_rank_{rank}", str(world.Get_rank()))
         members = [int(self._store.get(f"mpi_rank_{other}")) for other in range(size)]
-        self._operations = {
-            "sum": self._mpi.SUM,
-            "product": self._mpi.PROD,
-            "min": self._mpi.MIN,
-            "max": self._mpi.MAX,
-            "band": self._mpi.BAND,
-            "bor": self._mpi.BOR,
-            "bxor": self._mpi.BXOR,
+        names = {"sum": "SUM", "product": "PROD"} | {
+            name: name.upper() for name in ("min", "max", "band", "bor", "bxor")
         }
+        self._operations = {name: getattr(self._mpi, constant) for name, constant in names.items()}
         group = world.Get_group().Incl(members)
         # A tag that the members agree on, so that groups of other ranks may be made at the same time.
         tag = sum(members) % _LARGEST_TAG
@@ -170,7 +152,7 @@ class MPIProcessGroup(LaneProcessGroup):
         self._communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
         group.Free()
         self._own_tag = self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB)  # of the messages that this class makes itself
-        self._checks.largest_tag = self._own_tag - 1
+        self._validator.largest_tag = self._own_tag - 1
 
     def _run_all_reduce(self, flat: Tensor, operation: str) -> Request:
         def start(piece: Tensor) -> Request:
@@ -196,25 +178,35 @@ class MPIProcessGroup(LaneProcessGroup):
         return in_pieces(start, flat)
 
     def _run_all_gather(self, output: Tensor, flat: Tensor) -> Request:
-        def start(output: Tensor, source: Tensor) -> Request:
-            parts = _buffer(output, self._mpi, self._size)
-            return _Wait(self._communicator.Iallgather(_buffer(source, self._mpi), parts), keep=source)
-
-        return by_columns(start, output, flat, flat.numel(), self._size)
+        return self._move(self._communicator.Iallgather, output, flat, flat.numel(), self._size, 1)
 
     def _run_gather(self, output: Tensor, flat: Tensor, root: int) -> Request:
-        def start(output: Tensor, source: Tensor) -> Request:
-            parts = _buffer(output, self._mpi, self._size) if self._rank == root else None
-            return _Wait(self._communicator.Igather(_buffer(source, self._mpi), parts, root), keep=source)
-
-        return by_columns(start, output, flat, flat.numel(), self._size)
+        into = self._size if self._rank == root else 0
+        return self._move(partial(self._communicator.Igather, root=root), output, flat, flat.numel(), into, 1)
 
     def _run_scatter(self, flat: Tensor, source: Tensor, root: int) -> Request:
-        def start(output: Tensor, source: Tensor) -> Request:
-            parts = _buffer(source, self._mpi, self._size) if self._rank == root else None
-            return _Wait(self._communicator.Iscatter(parts, _buffer(output, self._mpi), root), keep=source)
+        out_of = self._size if self._rank == root else 0
+        return self._move(partial(self._communicator.Iscatter, root=root), flat, source, flat.numel(), 1, out_of)
 
-        return by_columns(start, flat, source, flat.numel(), self._size)
+    def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request:
+        share = flat.numel() // self._size
+        return self._move(self._communicator.Ialltoall, output, flat, share, self._size, self._size)
+
+    def _move(self, call: Callable, output: Tensor, source: Tensor, columns: int, into: int, out_of: int) -> Request:
+        """Start a call that moves values.
+
+        call: of MPI, with what is sent and what arrives.
+        output, source: flat.
+        columns: elements that go from one rank to one other.
+        into, out_of: how many ranks' parts output and source hold; 0 where this rank has none.
+        """
+
+        def start(output: Tensor, source: Tensor) -> Request:
+            sent = _buffer(source, self._mpi, out_of) if out_of else None
+            arriving = _buffer(output, self._mpi, into) if into else None
+            return _Wait(call(sent, arriving), keep=source)
+
+        return by_columns(start, output, source, columns, self._size)
 
     def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> Request:
         half = flat.dtype in (torch.float16, torch.bfloat16)
@@ -226,13 +218,6 @@ class MPIProcessGroup(LaneProcessGroup):
             return _Wait(request, (lambda: output.copy_(target)) if half else None, keep=wide)
 
         return by_columns(start, output, flat, output.numel(), self._size)
-
-    def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request:
-        def start(output: Tensor, source: Tensor) -> Request:
-            sent, parts = _buffer(source, self._mpi, self._size), _buffer(output, self._mpi, self._size)
-            return _Wait(self._communicator.Ialltoall(sent, parts), keep=source)
-
-        return by_columns(start, output, flat, flat.numel() // self._size, self._size)
 
     def _uneven_all_to_all(
         self, output: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
@@ -277,7 +262,7 @@ class MPIProcessGroup(LaneProcessGroup):
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> LaneWork:
         source = self._mpi.ANY_SOURCE if rank is None else rank
-        flat = flat_view(tensor)
+        (flat,), finish = flat_in_place("recv", [tensor])
         parts = pieces.split(as_bytes(flat))
         if rank is None and len(parts) > 1:
             raise InvalidInput(
@@ -288,10 +273,6 @@ class MPIProcessGroup(LaneProcessGroup):
         def start() -> list[Request]:
             calls = (self._communicator.Irecv(_buffer(part, self._mpi), source, tag) for part in parts)
             return [_Wait(request, status=status) for request in calls]
-
-        def finish() -> None:
-            if not is_view(flat, tensor):
-                tensor.detach().copy_(flat.view(tensor.shape))
 
         return self._issue("recv", start, [tensor], finish, source=status.Get_source, alike="")
 
@@ -331,7 +312,7 @@ def _widened(flat: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
 
 
 def _buffer(flat: Tensor, mpi, parts: int = 1) -> list:
-    """What mpi4py takes for memory. parts: where it holds one part a rank, MPI wants the elements of one part."""
+    """What mpi4py takes for memory. parts: where it holds one part per rank, MPI wants the elements of one part."""
     names = {
         torch.uint8: "UINT8_T",
         torch.int8: "INT8_T",

@@ -1,9 +1,14 @@
 """A torch ProcessGroup in Python over a library of collectives: the part that every such library needs.
 
 `LaneProcessGroup` takes the calls of torch.distributed (and of DDP's C++ reducer), checks them, lays tensors out flat
-and contiguous, and puts one `Call` a collective on the lane. A library fills in the `_run_*` methods, which get flat,
-contiguous, non-empty CPU tensors of supported types and run on the lane. Names and argument order of the public methods
-are torch's own; PyTorch has no documentation of its own for them, so they are not documented one by one here.
+and contiguous, and puts one `Call` per collective on the lane. A library fills in the `_run_*` methods, which get flat,
+contiguous, non-empty CPU tensors of supported types and run on the lane.
+
+An all_reduce of ccl goes from `allreduce` here to `_run_all_reduce` in oneccl/group.py, and from there to
+`Communicator.call` in oneccl/library.py, which makes the C call.
+
+Names and argument order of the public methods are torch's own, which does not document them; nor are they documented
+one by one here.
 
 Tensors on other devices go to the backend that the group's configuration names for them ("cpu:ccl,cuda:nccl").
 """
@@ -11,19 +16,18 @@ Tensors on other devices go to the backend that the group's configuration names 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import InvalidInput
-from effnn.comm.groups.arguments import Checks, guarded
-from effnn.comm.groups.identity import NamedGroup
-from effnn.comm.groups.lane.agreement import Agreement, describe, wanted
-from effnn.comm.groups.lane.lane import Call, CollectiveFailed, Lane, LaneWork, LibraryError, Request
-from effnn.comm.groups.lane.requests import AllOf, Steps
-from effnn.comm.groups.monitored import monitored_barrier
-from effnn.comm.groups.other_devices import other_device_group
+from effnn.comm.groups.identity import NamedGroup, other_device_group
+from effnn.comm.groups.lane.call import AllOf, Call, CollectiveFailed, LibraryError, Request, Steps
+from effnn.comm.groups.lane.handle import LaneWork
+from effnn.comm.groups.lane.lane import Lane
+from effnn.comm.groups.store import Comparison, comparison_wanted, describe, monitored_barrier
 from effnn.comm.groups.tensors.layout import (
     Finish,
     as_bytes,
@@ -35,8 +39,9 @@ from effnn.comm.groups.tensors.layout import (
     single,
     then,
 )
-from effnn.comm.groups.tensors.reductions import Reduction, operation_of, restoring
-from effnn.comm.groups.tensors.sparse import sum_of_rows
+from effnn.comm.groups.tensors.reductions import Reduction, operation_of
+from effnn.comm.groups.tensors.sparse import gather_padded, sum_of_rows
+from effnn.comm.groups.validation import Validator, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +58,10 @@ class LaneProcessGroup(NamedGroup):
     def __init__(self, lane: Lane, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(store, rank, size, timeout)
         self._lane = lane
-        self._checks = Checks(self.NAME, size, self._compares_int16, self._largest_tag)
-        self._agreement = Agreement(dist.PrefixStore("calls/", self._store), rank, size) if wanted() else None
+        self._validator = Validator(self.NAME, size, self._compares_int16, self._largest_tag)
+        self._comparison = (
+            Comparison(dist.PrefixStore("calls/", self._store), rank, size) if comparison_wanted() else None
+        )
         self._closed = False
         self._barriers = 0
         self._others: dict[str, dist.ProcessGroup] = {}  # device type -> group for tensors that are not on the CPU
@@ -93,56 +100,41 @@ class LaneProcessGroup(NamedGroup):
         return self._all_reduce(tensors, opts)
 
     def _all_reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
-        reduction = self._checks.reduction("all_reduce", opts, tensors)
+        reduction = self._validator.reduction("all_reduce", opts, tensors)
         flats, finish = flat_in_place("all_reduce", tensors)
         flats = [flat for flat in flats if flat.numel()]
-        carried = []
-
-        def start() -> list[Request | None]:
-            carried.extend(map(reduction.carry, flats))
-            return [self._run_all_reduce(one, reduction.operation) for one in carried]
-
-        return self._issue("all_reduce", start, tensors, then(restoring(reduction, carried, flats), finish), opts)
+        start, restore = _reducing(reduction, flats, lambda one, _: self._run_all_reduce(one, reduction.operation))
+        return self._issue("all_reduce", start, tensors, then(restore, finish), opts)
 
     @guarded("broadcast")
     def broadcast(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("broadcast", tensors)
-        root = self._checks.root("broadcast", opts.rootRank)
+        root = self._validator.root("broadcast", opts.rootRank)
         (flat,), finish = flat_in_place("broadcast", [tensor], receives=self._rank != root)
         return self._issue("broadcast", lambda: self._run_broadcast(as_bytes(flat), root), [tensor], finish, opts, flat)
 
     @guarded("reduce")
     def reduce(self, tensors: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("reduce", tensors)
-        root = self._checks.root("reduce", opts.rootRank)
-        reduction = self._checks.reduction("reduce", opts, tensors)
+        root = self._validator.root("reduce", opts.rootRank)
+        reduction = self._validator.reduction("reduce", opts, tensors)
         (flat,), finish = flat_in_place("reduce", [tensor], receives=self._rank == root)
-        carried = []
-
-        def start() -> Request | None:
-            carried.append(reduction.carry(flat))
-            return self._run_reduce(carried[0], root, reduction.operation)
-
+        operation = reduction.operation
+        start, restore = _reducing(reduction, [flat], lambda one, _: self._run_reduce(one, root, operation))
         if self._rank == root and flat.numel():
-            finish = then(restoring(reduction, carried, [flat]), finish)
+            finish = then(restore, finish)
         return self._issue("reduce", start, [tensor], finish, opts, flat)
 
     @guarded("all_gather")
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None) -> LaneWork:
         (tensor,), (parts,) = single("all_gather", inputs), single("all_gather", outputs)
-        self._checks.outputs("all_gather", parts, tensor, mine=self._rank)
+        self._validator.outputs("all_gather", parts, tensor, mine=self._rank)
         if len({part.numel() for part in parts}) > 1:
             return self._allgather_uneven(parts, tensor, opts)
         flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel())
-        return self._issue(
-            "all_gather",
-            lambda: self._run_all_gather(as_bytes(output), as_bytes(flat)),
-            parts,
-            lambda: fill(parts, output),
-            opts,
-            flat,
-        )
+        finish = partial(fill, parts, output.view(self._size, -1))
+        return self._issue("all_gather", self._gathering([output], [flat]), parts, finish, opts, flat)
 
     @guarded("all_gather_coalesced")
     def allgather_coalesced(
@@ -150,17 +142,17 @@ class LaneProcessGroup(NamedGroup):
     ) -> LaneWork:
         if len(output_lists) != self._size or any(len(parts) != len(inputs) for parts in output_lists):
             raise InvalidInput(
-                f"all_gather_coalesced: expected {self._size} lists of {len(inputs)} tensors, one list a rank"
+                f"all_gather_coalesced: expected {self._size} lists of {len(inputs)} tensors, one list per rank"
             )
         columns = list(zip(*output_lists, strict=True))
         for tensor, parts in zip(inputs, columns, strict=True):
-            self._checks.outputs("all_gather", parts, tensor)
+            self._validator.outputs("all_gather", parts, tensor)
         flats = [flat_view(tensor) for tensor in inputs]
         outputs = [flat.new_empty(self._size * flat.numel()) for flat in flats]
 
         def finish() -> None:
             for parts, output in zip(columns, outputs, strict=True):
-                fill(parts, output)
+                fill(parts, output.view(self._size, -1))
 
         results = [part for parts in columns for part in parts]
         return self._issue("all_gather", self._gathering(outputs, flats), results, finish, opts)
@@ -174,7 +166,7 @@ class LaneProcessGroup(NamedGroup):
         return self._all_gather_into(outputs, inputs, opts)
 
     def _all_gather_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
-        self._checks.ratio("all_gather_into_tensor", outputs, inputs)
+        self._validator.ratio("all_gather_into_tensor", outputs, inputs)
         targets, finish = flat_in_place("all_gather_into_tensor", outputs)
         flats = [self._apart(flat_view(tensor), targets) for tensor in inputs]
         return self._issue("all_gather", self._gathering(targets, flats), outputs, finish, opts)
@@ -186,64 +178,48 @@ class LaneProcessGroup(NamedGroup):
     @guarded("gather")
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> LaneWork:
         (tensor,) = single("gather", inputs)
-        root = self._checks.root("gather", opts.rootRank)
+        root = self._validator.root("gather", opts.rootRank)
         here = self._rank == root
         parts = single("gather", outputs)[0] if here else []
         if here:
-            self._checks.outputs("gather", parts, tensor)
+            self._validator.outputs("gather", parts, tensor)
         flat = flat_view(tensor)
         output = flat.new_empty(self._size * flat.numel()) if here or self._gathers_everywhere else flat.new_empty(0)
-        return self._issue(
-            "gather",
-            lambda: self._run_gather(as_bytes(output), as_bytes(flat), root),
-            parts,
-            (lambda: fill(parts, output)) if here else None,
-            opts,
-            flat,
-        )
+        start = partial(self._run_gather, as_bytes(output), as_bytes(flat), root)
+        finish = partial(fill, parts, output.view(self._size, -1)) if here else None
+        return self._issue("gather", start, parts, finish, opts, flat)
 
     @guarded("scatter")
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object) -> LaneWork:
         (tensor,) = single("scatter", outputs)
-        root = self._checks.root("scatter", opts.rootRank)
+        root = self._validator.root("scatter", opts.rootRank)
         (flat,), finish = flat_in_place("scatter", [tensor])
         if self._rank == root:
             parts = single("scatter", inputs)[0]
-            self._checks.parts("scatter", parts, tensor)
+            self._validator.parts("scatter", parts, tensor)
             source = torch.cat([flat_view(part) for part in parts])
         else:
             source = flat.new_empty(self._size * flat.numel() if self._gathers_everywhere else 0)
-        return self._issue(
-            "scatter",
-            lambda: self._run_scatter(as_bytes(flat), as_bytes(source), root),
-            [tensor],
-            finish,
-            opts,
-            flat,
-        )
+        start = partial(self._run_scatter, as_bytes(flat), as_bytes(source), root)
+        return self._issue("scatter", start, [tensor], finish, opts, flat)
 
     @guarded("reduce_scatter")
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None) -> LaneWork:
         (output,), (parts,) = single("reduce_scatter", outputs), single("reduce_scatter", inputs)
-        self._checks.parts("reduce_scatter", parts, output, mine=self._rank)
-        reduction = self._checks.reduction("reduce_scatter", opts, parts)
+        self._validator.parts("reduce_scatter", parts, output, mine=self._rank)
+        reduction = self._validator.reduction("reduce_scatter", opts, parts)
         targets, finish = flat_in_place("reduce_scatter", [output])
         if len({part.numel() for part in parts}) == 1:
             sources = [torch.cat([flat_view(part) for part in parts])]
             return self._reduce_scatter(targets, sources, reduction, [output], finish, opts)
         copies = [flat_view(part).clone() for part in parts]
-        carried = []
 
-        def start() -> list[Request | None]:
-            # Parts of different sizes: one reduction a rank.
-            carried.extend(map(reduction.carry, copies))
-            return [self._run_reduce(c, r, reduction.operation) for r, c in enumerate(carried) if c.numel()]
+        def run(one: Tensor, root: int) -> Request | None:  # parts of different sizes: one reduction per rank
+            return self._run_reduce(one, root, reduction.operation) if one.numel() else None
 
-        def mine() -> None:
-            if targets[0].numel():
-                reduction.restore(carried[self._rank], targets[0])
-
-        return self._issue("reduce_scatter", start, [output], then(mine, finish), opts, alike="types")
+        start, restore = _reducing(reduction, copies, run)
+        finish = then(then(restore, lambda: targets[0].copy_(copies[self._rank])), finish)
+        return self._issue("reduce_scatter", start, [output], finish, opts, alike="types")
 
     @guarded("reduce_scatter_tensor")
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: object = None) -> LaneWork:
@@ -256,8 +232,8 @@ class LaneProcessGroup(NamedGroup):
         return self._reduce_scatter_into(outputs, inputs, opts)
 
     def _reduce_scatter_into(self, outputs: list[Tensor], inputs: list[Tensor], opts: object) -> LaneWork:
-        self._checks.ratio("reduce_scatter_tensor", inputs, outputs)
-        reduction = self._checks.reduction("reduce_scatter", opts, inputs)
+        self._validator.ratio("reduce_scatter_tensor", inputs, outputs)
+        reduction = self._validator.reduction("reduce_scatter", opts, inputs)
         targets, finish = flat_in_place("reduce_scatter_tensor", outputs)
         sources = [self._apart(flat_view(tensor), targets) for tensor in inputs]
         return self._reduce_scatter(targets, sources, reduction, outputs, finish, opts)
@@ -271,17 +247,13 @@ class LaneProcessGroup(NamedGroup):
         finish: Finish,
         opts: object,
     ) -> LaneWork:
-        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.numel()]
-        carried = []
+        targets = [target for target in targets if target.numel()]
+        sources = [source for source in sources if source.numel()]
 
-        def start() -> list[Request | None]:
-            begun = []
-            for target, source in pairs:
-                carried.append(reduction.carry(target))
-                begun.append(self._run_reduce_scatter(carried[-1], reduction.carry(source), reduction.operation))
-            return begun
+        def run(one: Tensor, number: int) -> Request | None:
+            return self._run_reduce_scatter(one, reduction.carry(sources[number]), reduction.operation)
 
-        restore = restoring(reduction, carried, [target for target, _ in pairs])
+        start, restore = _reducing(reduction, targets, run)
         return self._issue("reduce_scatter", start, result, then(restore, finish), opts)
 
     @guarded("all_to_all_single")
@@ -303,16 +275,10 @@ class LaneProcessGroup(NamedGroup):
                     f"all_to_all: without split sizes, input ({tensor.numel()} elements) and output ({output.numel()}) "
                     f"must be equal and divisible by the world size {self._size}"
                 )
-            return self._issue(
-                "all_to_all",
-                lambda: self._run_all_to_all(as_bytes(target), as_bytes(flat)),
-                [output],
-                finish,
-                opts,
-                flat,
-            )
-        received = self._checks.splits("output", output, output_splits)
-        sent = self._checks.splits("input", tensor, input_splits)
+            start = partial(self._run_all_to_all, as_bytes(target), as_bytes(flat))
+            return self._issue("all_to_all", start, [output], finish, opts, flat)
+        received = self._validator.splits("output", output, output_splits)
+        sent = self._validator.splits("input", tensor, input_splits)
         start = self._uneven_all_to_all(target, flat, received, sent)
         return self._issue("all_to_all", start, [output], finish, opts, alike="types")
 
@@ -329,11 +295,7 @@ class LaneProcessGroup(NamedGroup):
         received, sent = [t.numel() for t in outputs], [t.numel() for t in inputs]
         target = flat.new_empty(sum(received))
         start = self._uneven_all_to_all(target, flat, received, sent)
-
-        def finish() -> None:
-            for output, part in zip(outputs, target.split(received), strict=True):
-                output.detach().copy_(part.view(output.shape))
-
+        finish = partial(fill, outputs, target.split(received))
         return self._issue("all_to_all", start, outputs, finish, opts, alike="types")
 
     def barrier(self, opts: object = None) -> LaneWork:
@@ -349,21 +311,19 @@ class LaneProcessGroup(NamedGroup):
     @guarded("send")
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("send", tensors)
-        self._checks.peer("send", rank, self._rank, tag)
+        self._validator.peer("send", rank, self._rank, tag)
         return self._send(tensor, rank, tag)
 
     @guarded("recv")
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._checks.peer("recv", rank, self._rank, tag)
-        expect_own_memory("recv", tensors)
+        self._validator.peer("recv", rank, self._rank, tag)
         return self._receive(tensor, rank, tag)
 
     @guarded("recv")
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         (tensor,) = single("recv", tensors)
-        self._checks.peer("recv", None, self._rank, tag)
-        expect_own_memory("recv", tensors)
+        self._validator.peer("recv", None, self._rank, tag)
         return self._receive(tensor, None, tag)
 
     # The names that older releases and the C++ side use for the same calls.
@@ -389,48 +349,22 @@ class LaneProcessGroup(NamedGroup):
     _largest_tag = 2**31 - 1
     """Of a message between two ranks."""
 
-    def _run_all_reduce(self, flat: Tensor, operation: str) -> Request | None:
-        raise NotImplementedError
+    _run_all_reduce: Callable[[Tensor, str], Request | None]  # flat, operation
+    _run_broadcast: Callable[[Tensor, int], Request | None]  # flat, root
+    _run_reduce: Callable[[Tensor, int, str], Request | None]  # flat, root, operation
+    _run_all_gather: Callable[[Tensor, Tensor], Request | None]  # output, flat
+    _run_gather: Callable[[Tensor, Tensor, int], Request | None]  # output, flat, root
+    _run_scatter: Callable[[Tensor, Tensor, int], Request | None]  # flat, source, root
+    _run_reduce_scatter: Callable[[Tensor, Tensor, str], Request | None]  # output, flat, operation
+    _run_all_to_all: Callable[[Tensor, Tensor], Request | None]  # output, flat
+    _run_barrier: Callable[[], Request | None]
 
-    def _run_broadcast(self, flat: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
+    _uneven_all_to_all: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Callable[[], Request | None]]
+    """Of output, flat, received, sent: what starts an all_to_all of parts of those sizes, some of which may be 0."""
 
-    def _run_reduce(self, flat: Tensor, root: int, operation: str) -> Request | None:
-        raise NotImplementedError
-
-    def _run_all_gather(self, output: Tensor, flat: Tensor) -> Request | None:
-        raise NotImplementedError
-
-    def _run_gather(self, output: Tensor, flat: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
-
-    def _run_scatter(self, flat: Tensor, source: Tensor, root: int) -> Request | None:
-        raise NotImplementedError
-
-    def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> Request | None:
-        raise NotImplementedError
-
-    def _run_all_to_all(self, output: Tensor, flat: Tensor) -> Request | None:
-        raise NotImplementedError
-
-    def _uneven_all_to_all(
-        self, output: Tensor, flat: Tensor, received: Sequence[int], sent: Sequence[int]
-    ) -> Callable[[], Request | None]:
-        """Return what starts an all_to_all of parts of different sizes (in elements), of which some may be empty."""
-        raise NotImplementedError
-
-    def _run_barrier(self) -> Request | None:
-        raise NotImplementedError
-
-    def _send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
-        raise NotImplementedError
-
-    def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
-        """Receive into the tensor; rank None: from any."""
-        raise NotImplementedError
-
-    def _close(self) -> None:
-        raise NotImplementedError
+    _send: Callable[[Tensor, int, int], dist.Work]  # tensor, rank, tag
+    _receive: Callable[[Tensor, int | None, int], dist.Work]  # into the tensor, from a rank (None: any), tag
+    _close: Callable[[], None]
 
     # Checks and plumbing.
 
@@ -445,17 +379,24 @@ class LaneProcessGroup(NamedGroup):
         source: Callable[[], int] | None = None,
         alike: str = "sizes",
     ) -> LaneWork:
-        """Put a call on the lane. flat: what is sent; where it is empty there is nothing to do (on any rank).
+        """Put a call on the lane, and return its handle.
 
+        name: of the call, for messages.
+        start: makes the library's calls, on the lane.
+        result: the tensors that the call fills.
+        finish: what is done on the lane once the library's calls have ended.
+        opts: torch's options, for a time-out of this call.
+        flat: what is sent; where it is empty there is nothing to do (on any rank).
+        source: of a receive from any rank, tells which it was.
         alike: what all ranks have in common of the tensors: "sizes" (and types), "types", or "" (not a collective).
         """
         self._expect_open(name)
 
-        text = describe(name, [flat] if flat is not None else result, alike == "sizes") if self._agreement else ""
+        text = describe(name, [flat] if flat is not None else result, alike == "sizes") if self._comparison else ""
 
         def run() -> Request | None:
-            if self._agreement is not None and alike:
-                self._agreement.check(text)
+            if self._comparison is not None and alike:
+                self._comparison.check(text)
             if flat is not None and not flat.numel():
                 return None
             try:
@@ -480,52 +421,30 @@ class LaneProcessGroup(NamedGroup):
         return asked if asked > 0 else self._timeout
 
     def _allgather_uneven(self, parts: Sequence[Tensor], tensor: Tensor, opts: object) -> LaneWork:
-        """Parts of different sizes, known on every rank: one broadcast a rank."""
+        """Parts of different sizes, known on every rank: one broadcast per rank."""
         flat = flat_view(tensor)
         buffers = [flat if rank == self._rank else flat_view(part).clone() for rank, part in enumerate(parts)]
 
         def start() -> list[Request | None]:
             return [self._run_broadcast(as_bytes(part), root) for root, part in enumerate(buffers) if part.numel()]
 
-        def finish() -> None:
-            for part, buffer in zip(parts, buffers, strict=True):
-                part.detach().copy_(buffer.view(part.shape))
-
-        return self._issue("all_gather", start, parts, finish, opts)
+        return self._issue("all_gather", start, parts, partial(fill, parts, buffers), opts)
 
     def _sparse_all_reduce(self, tensor: Tensor, opts: object) -> LaneWork:
         """Sum of sparse COO tensors: all_gather of padded indices and values, then a sum in rank order everywhere."""
         operation = operation_of(opts.reduceOp) if opts is not None else "sum"
         if operation not in ("sum", "avg"):
             raise InvalidInput(f"all_reduce of sparse tensors over {self.NAME} knows sum and avg, not {operation}")
-        self._checks.reduction("all_reduce", opts, [tensor])
+        self._validator.reduction("all_reduce", opts, [tensor])
         mine = tensor.detach().coalesce()
-        rows = torch.cat(
-            [mine.indices().t(), mine.indices().new_zeros(1, mine.sparse_dim())]
-        )  # a row more: never empty
-        values = torch.cat([mine.values(), mine.values().new_zeros(1, *mine.values().shape[1:])])
 
-        sent = []  # kept until the end: a request does not keep its memory
-
-        def gather(part: Tensor, longest: int) -> tuple[Tensor, Request | None]:
-            padded = part.new_zeros(longest, *part.shape[1:])
-            padded[: len(part)] = part
-            sent.append(padded)
-            every = part.new_empty(self._size, *padded.shape)
-            return every, self._run_all_gather(as_bytes(every.view(-1)), as_bytes(padded.view(-1)))
+        def gather(part: Tensor) -> tuple[Tensor, Request | None]:
+            every = part.new_empty(self._size, *part.shape)
+            return every, self._run_all_gather(as_bytes(every.view(-1)), as_bytes(part.view(-1)))
 
         def steps() -> Iterator[Request | None]:
-            lengths, request = gather(torch.tensor([len(rows)]), 1)
-            yield request
-            longest = int(lengths.max())
-            every_row, request = gather(rows, longest)
-            yield request
-            every_value, request = gather(values, longest)
-            yield request
-            counts = (lengths.flatten() - 1).tolist()
-            indices = [part[:count] for part, count in zip(every_row, counts, strict=True)]
-            gathered = [part[:count] for part, count in zip(every_value, counts, strict=True)]
-            total = sum_of_rows(indices, gathered, tensor.shape)
+            indices, values = yield from gather_padded([mine.indices().t(), mine.values()], gather)
+            total = sum_of_rows(indices, values, tensor.shape)
             with torch.no_grad():  # a sparse tensor's detach() would keep the new indices to itself
                 tensor.copy_(total / self._size if operation == "avg" else total)
 
@@ -543,3 +462,20 @@ class LaneProcessGroup(NamedGroup):
             timeout = timedelta(seconds=self._timeout)
             self._others[device] = other_device_group(self, device, self._store, self._rank, self._size, timeout)
         return self._others[device]
+
+
+def _reducing(
+    reduction: Reduction, flats: list[Tensor], run: Callable[[Tensor, int], Request | None]
+) -> tuple[Callable[[], list[Request | None]], Callable[[], None]]:
+    """What starts `run` on what the library reduces in place of each flat (and its number), and what restores those."""
+    carried = []
+
+    def start() -> list[Request | None]:
+        carried.extend(map(reduction.carry, flats))
+        return [run(one, number) for number, one in enumerate(carried)]
+
+    def restore() -> None:
+        for one, flat in zip(carried, flats, strict=True):
+            reduction.restore(one, flat)
+
+    return start, restore

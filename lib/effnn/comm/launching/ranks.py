@@ -18,7 +18,7 @@ from effnn.comm.groups import mpi
 from effnn.comm.groups.interfaces import loopback
 from effnn.comm.launching.worker import Report
 
-logger = logging.getLogger("effnn.comm.launch")  # the name that `launch.run_outcomes` gives for what ranks print
+logger = logging.getLogger("effnn.comm.launch")  # the name that `launch.run_ranks` gives for what ranks print
 
 POLL = 0.05  # seconds between two looks at the ranks: short against their start (a second), free of charge to them
 STDERR_TAIL = 4000  # bytes
@@ -97,17 +97,30 @@ class Ranks:
 
 
 class MpiRanks(Ranks):
-    """The ranks below one mpiexec. A shell around each leaves its process group and its exit code in the folder."""
+    """The ranks below one mpiexec. A shell around each leaves its process group and its exit code in the folder.
+
+    mpiexec does not end with this process, and a rank that starts MPI holds Python's global lock for as long as its
+    peers keep it waiting, so that no thread of its own can end it. The shell does: a process beside the rank waits for
+    the end of a named pipe, which comes when this process ends in any way, and then kills the rank's process group.
+    """
 
     # The traps keep the shell alive on SIGTERM, so that it can write what became of the rank, and shell and rank on
     # SIGUSR1, by which MPICH's Hydra tells the others that one rank has died.
     SHELL = (
         'trap : TERM; trap "" USR1; rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}; echo $$ >"$0/group-$rank"; '
-        '"$@" >"$0/stdout-$rank" 2>"$0/stderr-$rank"; echo $? >"$0/exit-$rank"'
+        '(trap "" TERM; read -r end <"$0/launcher"; kill -KILL 0) </dev/null >/dev/null 2>&1 & '
+        '"$@" >"$0/stdout-$rank" 2>"$0/stderr-$rank"; code=$?; kill -KILL $!; echo $code >"$0/exit-$rank"'
     )
+
+    def __init__(self, folder: Path, size: int):
+        super().__init__(folder, size)
+        self._codes: dict[int, int] = {}
+        self._pipe: int | None = None
 
     def start(self, nodes: None, threads: int, env: Mapping[str, str]) -> None:
         program = str(mpi.launcher())
+        os.mkfifo(self._folder / "launcher")
+        self._pipe = os.open(self._folder / "launcher", os.O_RDWR)  # nothing is ever written
         # Hydra (Intel MPI, MPICH) kills all ranks when one dies, unless told not to: they must be able to report it.
         options = subprocess.run([program, "-help"], stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
         keep = ["-disable-auto-cleanup"] if "-disable-auto-cleanup" in options else []
@@ -121,7 +134,13 @@ class MpiRanks(Ranks):
             "-mpiexec",
         )
         self._started = self.size
-        self._codes: dict[int, int] = {}
+
+    def end(self, patience: float) -> None:
+        try:
+            super().end(patience)
+        finally:
+            if self._pipe is not None:
+                os.close(self._pipe)
 
     def stderr(self, rank: int) -> str:
         return super().stderr(rank) or _tail(self._folder / "stderr-mpiexec")

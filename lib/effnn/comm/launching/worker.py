@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from effnn.base import atomic_path
+from effnn.base import atomic_path, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank leaves. `time` is time.monotonic(), which is one clock for all processes of a machine."""
+    """What one rank leaves, or the launcher in its place."""
 
-    time: float
+    time: float  # time.monotonic(), which is one clock for all processes of a machine
     result: bytes | None = None  # a pickle
     error: str | None = None
     traceback: str | None = None
+    still_running: bool = False  # when the time limit ended it
 
 
 def start_time(pid: int) -> str | None:
@@ -89,16 +90,15 @@ def main(folder: Path) -> None:
         report = Report(time.monotonic(), None, f"exit code {exit_code} without a result", traceback.format_exc())
     except BaseException as error:
         exit_code = 1
-        text = next(iter(str(error).strip().splitlines()), "")
-        report = Report(time.monotonic(), None, f"{type(error).__name__}: {text}", traceback.format_exc())
+        report = Report(
+            time.monotonic(), None, f"{type(error).__name__}: {first_line(error, 1000)}", traceback.format_exc()
+        )
     with atomic_path(folder / f"report-{rank}") as temporary:
         temporary.write_bytes(pickle.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()
     if report.error is not None:
-        os._exit(
-            exit_code
-        )  # at once: leaving the group could hang, and the others learn of the end by a lost connection
+        os._exit(exit_code)  # leaving the group could hang, and the others learn of the end by a lost connection
     _leave_group()
 
 
@@ -159,10 +159,16 @@ def _leave_group() -> None:
 
 
 def _end_with_launcher(pid: int, started: str | None) -> None:
-    """End this process when the launcher is gone, however it went."""
-    if sys.platform == "linux":  # at once where the launcher is the parent; below mpiexec the parent is another
+    """End this process when the launcher is gone, however it went.
+
+    Where the launcher is the parent, Linux does it. Below mpiexec the parent is a shell, which does it (see MpiRanks).
+    The thread is for other systems, and for a launcher that was gone before this line.
+    """
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if start_time(pid) != started:
+        os._exit(1)
 
     def watch() -> None:
         while start_time(pid) == started:

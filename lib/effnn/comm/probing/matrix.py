@@ -5,60 +5,84 @@ rest go on in new ones. A `Probe` of one machine can be saved, and merged with o
 """
 
 import dataclasses
-import importlib
+import importlib.metadata
 import json
 import os
 import platform
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from effnn.base import InvalidInput, write_json
-from effnn.comm import backends, launch
-from effnn.comm.groups.lane.lane import CollectiveTimeout
-from effnn.comm.probing import operations
-
-STATUSES = ("ok", "wrong result", "error", "hang", "not built", "no device")
-HOWS = ("native", "composed", "delegated")
+from effnn.comm import backends
+from effnn.comm.probing import answers, operations
+from effnn.comm.probing.answers import Status
 
 DEVICES = ("cpu", "cuda")
 
 CHECKS = operations.OPERATIONS | operations.SPARSE
 """Name of an operation -> what runs and checks it on a device."""
 
-_UNANSWERED = ("not built", "no device")
-
 _FORMAT = 1
-_MOMENT = 1.0  # seconds that one event may take to be noticed by all ranks
 # Everything takes about a second on an idle machine. The limits are far above that: only what hangs may meet them, as a
 # cell says what a backend can do, and not how busy the machine was.
-_SECONDS_A_LAUNCH = 400.0  # for all operations of one backend
-_SECONDS_AN_OPERATION = 90.0  # time-out of the group: a hang is an error of the operation where the backend can tell
+_SECONDS_PER_LAUNCH = 400.0  # for all operations of one backend
+_SECONDS_PER_OPERATION = 90.0  # time-out of the group: a hang is an error of the operation where the backend can tell
+
+
+class How(StrEnum):
+    """By what means an operation works: one call of the library, several, or another library's."""
+
+    NATIVE = "native"
+    COMPOSED = "composed"
+    DELEGATED = "delegated"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One operation on one backend and device. how: of an ok cell, native, composed or delegated."""
+    """One operation on one backend and device.
+
+    backend, device, operation: which cell it is.
+    status: what became of the operation.
+    how: by what means it works; empty where it does not.
+    message: what went wrong, or why it was not run.
+    machine: where it was run, if elsewhere than the rest of its probe.
+    """
 
     backend: str
     device: str
     operation: str
-    status: str
-    how: str = ""
+    status: Status
+    how: How | str = ""
     message: str = ""
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))
+        object.__setattr__(self, "how", How(self.how) if self.how else "")
+
+    @property
+    def note(self) -> str:
+        """The message, and the machine where it is another one."""
+        return "; ".join(filter(None, (self.message, self.machine and f"probed on {self.machine}")))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one machine can do. versions: of torch and of the libraries under the backends."""
+    """What one machine can do.
+
+    machine: system, cores and GPUs.
+    created: date and time.
+    world_size: number of ranks.
+    versions: of torch and of the libraries under the backends.
+    cells: one per backend, device and operation.
+    """
 
     machine: str
     created: str
@@ -85,9 +109,8 @@ def load(path: str | Path) -> Probe:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         cells = tuple(Cell(**cell) for cell in content["cells"])
-        wrong = [cell.status for cell in cells if cell.status not in STATUSES]
-        if content.pop("format") != _FORMAT or wrong:
-            raise ValueError(f"format or status {wrong} unknown to this version")
+        if content.pop("format") != _FORMAT:
+            raise ValueError("its format is unknown to this version")
         return Probe(**content | {"cells": cells})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(
@@ -98,20 +121,16 @@ def load(path: str | Path) -> Probe:
 def merge(here: Probe, *others: Probe) -> Probe:
     """Return `here` with the cells that it could not answer (no device, not built) taken from the others.
 
-    The message of such a cell names the machine that it was probed on; the versions of that machine come along under
-    its name.
+    Such a cell names the machine that it was probed on; the versions of that machine come along under its name.
     """
     cells, versions = [], dict(here.versions)
     for cell in here.cells:
-        if cell.status in _UNANSWERED:
-            for other in others:
-                answer = other.cell(cell.backend, cell.device, cell.operation)
-                if answer is not None and answer.status not in _UNANSWERED:
-                    origin = f"probed on {other.machine}"
-                    message = f"{answer.message}; {origin}" if answer.message else origin
-                    cell = dataclasses.replace(answer, message=message)
-                    versions |= {f"{name} ({other.machine})": number for name, number in other.versions.items()}
-                    break
+        for other in others if not cell.status.answered else ():
+            answer = other.cell(cell.backend, cell.device, cell.operation)
+            if answer is not None and answer.status.answered:
+                cell = dataclasses.replace(answer, machine=answer.machine or other.machine)
+                versions |= {f"{name} ({other.machine})": number for name, number in other.versions.items()}
+                break
         cells.append(cell)
     return dataclasses.replace(here, versions=versions, cells=tuple(cells))
 
@@ -124,12 +143,16 @@ def probe(
     progress: bool = True,
     checks: str = "effnn.comm.probing.matrix:CHECKS",
 ) -> Probe:
-    """Run every operation (or those `selected`) on every backend and device; returns the cells with versions.
+    """Run every operation on every backend and device; returns the cells with versions.
 
-    checks: "module:attribute" of a mapping like CHECKS; the ranks import it. Takes some ten seconds on two cores. Cells
-    that cannot be had here get the reason as their message.
+    names: of the backends. Those that are not available here get cells with the reason.
+    devices: "cpu", "cuda".
+    world_size: number of ranks.
+    selected: names of some of the operations; None for all.
+    progress: whether to show a bar. All of it takes some ten seconds on two cores.
+    checks: "module:attribute" of a mapping like CHECKS; the ranks import it.
     """
-    known = _imported(checks)
+    known = answers.imported(checks)
     chosen = list(selected or known)
     for name in chosen:
         if name not in known:
@@ -137,99 +160,36 @@ def probe(
     pairs = [(name, device) for name in names for device in devices]
     cells: list[Cell] = []
     for name, device in tqdm(pairs, desc="support matrix", leave=False, disable=not progress):
-        cells += _probe_one(name, device, chosen, world_size, checks)
+        cells += _cells(name, device, chosen, world_size, checks)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Probe(_machine(), now, world_size, versions(names), tuple(cells))
 
 
-def _probe_one(backend: str, device: str, chosen: list[str], world_size: int, checks: str) -> list[Cell]:
-    reason = backends.unavailable(backend)
-    if reason is not None:
-        status = "no device" if "no CUDA device" in reason else "not built"
-        return [Cell(backend, device, name, status, message=reason) for name in chosen]
-    reason = backends.unavailable(backend, device) or _too_few_devices(backend, device, world_size)
-    if reason is not None:
-        return [Cell(backend, device, name, "no device", message=reason) for name in chosen]
-    found: dict[str, Cell] = {}
-    waiting = list(chosen)
-    while waiting:
-        answers, broken = _run(backend, device, waiting, world_size, checks)
-        for name, (status, message) in answers.items():
-            how = _how(backend, name) if status == "ok" else ""
-            found[name] = Cell(backend, device, name, status, how, message)
-        if broken is not None:
-            stopped, status, message = broken
-            for name in waiting if stopped is None else [stopped]:
-                found[name] = Cell(backend, device, name, status, message=message)
-        waiting = [name for name in waiting if name not in found]
-    return [found[name] for name in chosen]
-
-
-def _run(
-    backend: str, device: str, names: list[str], world_size: int, checks: str
-) -> tuple[dict[str, tuple[str, str]], tuple[str | None, str, str] | None]:
-    """Run the operations in new processes: name -> (status, message) of those that ended on all ranks, and the one
-    that stopped the rest (None: no rank even began, and none would with the rest), with what became of it."""
-    with tempfile.TemporaryDirectory(prefix="effnn-matrix-") as folder:
-        outcomes = launch.run_outcomes(
-            worker,
-            world_size,
-            backend,
-            args=(names, device, folder, checks),
-            timeout=_SECONDS_A_LAUNCH,
-            group_timeout=_SECONDS_AN_OPERATION,
-            grace=2 * _SECONDS_AN_OPERATION,
+def _cells(backend: str, device: str, chosen: list[str], world_size: int, checks: str) -> list[Cell]:
+    refusal = backends.refusal(backend, device, world_size)
+    if refusal is not None:
+        status = Status.NO_DEVICE if refusal.built else Status.NOT_BUILT
+        return [Cell(backend, device, name, status, message=refusal.reason) for name in chosen]
+    found: dict[str, answers.Answer] = {}
+    while waiting := [name for name in chosen if name not in found]:
+        found |= answers.in_new_processes(
+            backend, device, waiting, world_size, _SECONDS_PER_OPERATION, _SECONDS_PER_LAUNCH, checks
         )
-        logs = [_read_log(folder, rank) for rank in range(world_size)]
-    answers: dict[str, tuple[str, str]] = {}
-    for name in names:
-        if not all(name in (log or ()) for log in logs):
-            break
-        failures = [log[name] for log in logs if log[name].status != "ok"]
-        if failures:
-            # The first failure in time counts: the others may come of it. A rank whose time-out has passed closes its
-            # connections, and may say so a moment later than those who lose them.
-            first = min(failures, key=lambda answer: answer.time - (_MOMENT if answer.status == "hang" else 0.0))
-            # Ranks may be out of step now: the rest starts afresh.
-            return answers | {name: (first.status, first.message)}, None
-        answers[name] = "ok", ""
-    if len(answers) == len(names):
-        return answers, None
-    stopped = names[len(answers)] if any(log is not None for log in logs) else None
-    failed = [outcome for outcome in outcomes if not outcome.ok]
-    if not failed:
-        return answers, (stopped, "error", "a rank ended without an answer")
-    first = min(failed, key=lambda outcome: outcome.finished or float("inf"))
-    return answers, (stopped, "hang" if _timed_out(first.error) else "error", first.error)
-
-
-def worker(names: list[str], device: str, folder: str, checks: str) -> None:
-    """In each rank: run the operations, noting each result; stops at the first that fails."""
-    known = _imported(checks)
-    place = (
-        torch.device(device, dist.get_rank() % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
-    )
-    with open(Path(folder) / f"{dist.get_rank()}.jsonl", "w", encoding="utf-8") as log:
-        for name in names:
-            status, message = "ok", ""
-            try:
-                known[name](place)
-            except operations.WrongResult as error:
-                status, message = "wrong result", str(error)
-            except Exception as error:
-                message = _last_line(error)
-                status = "hang" if isinstance(error, CollectiveTimeout) or _timed_out(message) else "error"
-            log.write(json.dumps([name, status, message, time.monotonic()]) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-            if status != "ok":
-                return
+    return [
+        Cell(
+            backend,
+            device,
+            name,
+            found[name].status,
+            _how(backend, name) if found[name].ok else "",
+            found[name].message,
+        )
+        for name in chosen
+    ]
 
 
 def versions(names: Iterable[str] = backends.BACKENDS) -> dict[str, str]:
     """Versions of torch and of the packages under the backends that are installed here."""
-    import importlib.metadata
-
     found = {"torch": torch.__version__}
     packages = {"ccl": ("oneccl", "oneccl_bind_pt"), "mpi4py": ("mpi4py", "impi-rt", "mpich", "openmpi")}
     for name in names:
@@ -243,53 +203,16 @@ def versions(names: Iterable[str] = backends.BACKENDS) -> dict[str, str]:
     return found
 
 
-def _imported(checks: str) -> Mapping[str, Callable[[torch.device], None]]:
-    module, _, name = checks.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _timed_out(message: str) -> bool:
-    return launch.STILL_RUNNING in message or "imed out" in message
-
-
-def _how(backend: str, operation: str) -> str:
-    """Native for torch's own backends; ours say it themselves. The pairs are always composed of all_gathers."""
+def _how(backend: str, operation: str) -> How:
+    """Native for torch's own backends; ours say it themselves, and make sparse sums of all_gathers."""
     ours = backend == "mpi4py" or (backend == "ccl" and backends.ccl_provider() == "effnn")
-    if operation == "all_gather of (ids, values)" or (ours and operation in operations.SPARSE):
-        return "composed"
-    if backend == "ccl" and backends.ccl_provider() == "effnn":
-        from effnn.comm.groups import oneccl
+    if operation == operations.PAIRS or (ours and operation in operations.SPARSE):
+        return How.COMPOSED
+    if backend == "ccl" and ours:
+        from effnn.comm.groups.oneccl.group import SUPPORT
 
-        return oneccl.SUPPORT.get(operation, "native")
-    return "native"
-
-
-def _too_few_devices(backend: str, device: str, world_size: int) -> str | None:
-    if backend != "nccl" or device != "cuda" or torch.cuda.device_count() >= world_size:
-        return None
-    return f"nccl wants a GPU for each of the {world_size} ranks; this machine has {torch.cuda.device_count()}"
-
-
-class _Answer(NamedTuple):
-    """What one rank says of one operation; time is one clock for all processes of a machine."""
-
-    status: str
-    message: str
-    time: float
-
-
-def _read_log(folder: str, rank: int) -> dict[str, _Answer] | None:
-    """What a rank has noted; None if it did not come that far."""
-    path = Path(folder) / f"{rank}.jsonl"
-    if not path.exists():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {name: _Answer(*answer) for name, *answer in map(json.loads, lines)}
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+        return How(SUPPORT.get(operation, How.NATIVE))
+    return How.NATIVE
 
 
 def _machine() -> str:

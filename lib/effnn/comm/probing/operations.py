@@ -8,6 +8,7 @@ ranks, is found out.
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -149,14 +150,12 @@ def barrier(device: torch.device) -> None:
         raise WrongResult(f"barrier let rank {rank} pass before all {size} ranks had come")
 
 
-def sparse_all_reduce_float32(device: torch.device) -> None:
+def _sparse_all_reduce(dtype: torch.dtype, device: torch.device) -> None:
     """torch's own all_reduce of sparse COO tensors whose rows overlap."""
-    _sparse_all_reduce(torch.float32, device)
-
-
-def sparse_all_reduce_int8(device: torch.device) -> None:
-    """The same in int8."""
-    _sparse_all_reduce(torch.int8, device)
+    rank, size = _place()
+    tensor = _rows(rank, dtype, device)
+    dist.all_reduce(tensor)
+    _expect(tensor.to_dense(), sum(_rows(r, dtype, device).to_dense() for r in range(size)))
 
 
 def padded_pairs(device: torch.device) -> None:
@@ -181,10 +180,12 @@ OPERATIONS: dict[str, Callable[[torch.device], None]] = {
 }
 """The talk's rows, in its order."""
 
+SPARSE_SUMS = ("sparse all_reduce, float32", "sparse all_reduce, int8")
+PAIRS = "all_gather of (ids, values)"
 SPARSE: dict[str, Callable[[torch.device], None]] = {
-    "sparse all_reduce, float32": sparse_all_reduce_float32,
-    "sparse all_reduce, int8": sparse_all_reduce_int8,
-    "all_gather of (ids, values)": padded_pairs,
+    SPARSE_SUMS[0]: partial(_sparse_all_reduce, torch.float32),
+    SPARSE_SUMS[1]: partial(_sparse_all_reduce, torch.int8),
+    PAIRS: padded_pairs,
 }
 """What the talk remarks on sparse gradients."""
 
@@ -216,13 +217,6 @@ def _rows(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     ids = torch.arange(rank, 2 * rank + 2, device=device)
     values = torch.stack([torch.full((4,), rank + int(row) + 1, device=device) for row in ids]).to(dtype)
     return torch.sparse_coo_tensor(ids[None], values, (16, 4), check_invariants=False)
-
-
-def _sparse_all_reduce(dtype: torch.dtype, device: torch.device) -> None:
-    rank, size = _place()
-    tensor = _rows(rank, dtype, device)
-    dist.all_reduce(tensor)
-    _expect(tensor.to_dense(), sum(_rows(r, dtype, device).to_dense() for r in range(size)))
 
 
 def _expect(got: Tensor, wanted: Tensor) -> None:

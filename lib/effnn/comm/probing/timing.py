@@ -25,12 +25,12 @@ _PIECE = 1 << 18
 def all_reduce_rounds(
     names: Sequence[str], sizes: Sequence[int] = SIZES, rounds: int = 5, seconds: float = 0.05
 ) -> list[dict[str, float | int | str]]:
-    """Time all_reduce of float32 over each backend: one row a backend, size and round.
+    """Time all_reduce of float32 over each backend: one row per backend, size and round.
 
-    names: backends; those that are not the default group's get a group of their own. sizes: bytes a rank. seconds:
+    names: backends; those that are not the default group's get a group of their own. sizes: bytes per rank. seconds:
     about how long the calls of one backend last in one round.
 
-    A row has backend, bytes, round, calls, ms (a call, the slowest rank's mean over the calls) and load (1 minute).
+    A row has backend, bytes, round, calls, ms (per call, the slowest rank's mean over the calls) and load (1 minute).
     """
     groups = {name: _group(name) for name in names}
     rows = []
@@ -48,9 +48,9 @@ def all_reduce_rounds(
 
 
 def all_reduce_ms(nbytes: int, calls: int = 5) -> float:
-    """Milliseconds of one all_reduce of nbytes over the default group: of `calls` in a row, ended by a barrier.
+    """Milliseconds of one all_reduce of nbytes over the default group: the mean of `calls` in a row and a barrier.
 
-    A single call can return before its last bytes are on the wire; a row closed by a barrier cannot.
+    A single call can return before its last bytes are on the wire; calls that a barrier follows cannot.
     """
     tensor = torch.ones(nbytes // 4)
     dist.all_reduce(tensor)

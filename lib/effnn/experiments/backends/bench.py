@@ -40,7 +40,7 @@ def _ratio(setting: Setting, nbytes: int) -> Measured:
     load = tuple(statistics.median(row["load"] for row in rows if row["bytes"] == nbytes) for rows in _runs(setting))
     where = f" on {setting.cores} cores" if setting.cores else ""
     processes = f"{RUNS} runs of {setting.ranks} new processes{where}"
-    note = f"{processes}, the median of {ROUNDS} rounds each; {nbytes} bytes a rank"
+    note = f"{processes}, the median of {ROUNDS} rounds each; {nbytes} bytes per rank"
     return Measured(tuple(a / b for a, b in zip(above, below, strict=True)), load, seconds, 1, note)
 
 

@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from effnn.comm.probing.answers import Status
+from effnn.comm.probing.matrix import How
 from effnn.comm.probing.operations import OPERATIONS, SPARSE
 from effnn.experiments.backends.tables import COLUMNS, OURS, medians
 from effnn.report import PALETTE, band, legend_outside, new_figure
@@ -14,7 +16,7 @@ from effnn.report.values import interval
 _GOOD, _BAD, _UNKNOWN = "#CFE8DD", "#F6CFC0", "#E9E9E9"
 _DEVICE = {"cpu": "CPU", "cuda": "GPU"}
 _NAMES = {"gloo": "gloo", "mpi": "MPI", "nccl": "NCCL", "mpi4py": "mpi4py", "ccl": "oneCCL"}
-_HOW = {"native": "yes", "composed": "yes, c", "delegated": "yes, d", "": "yes"}
+_HOW = {How.NATIVE: "yes", How.COMPOSED: "yes, c", How.DELEGATED: "yes, d", "": "yes"}
 COLORS = {"gloo": PALETTE[0], "ccl": PALETTE[1], "mpi4py": PALETTE[2]}
 
 
@@ -44,7 +46,7 @@ def draw_sparse(table: pd.DataFrame) -> Figure:
         for y, operation in enumerate(SPARSE):
             if (backend, operation) in cells.index:
                 row = cells.loc[(backend, operation)]
-                good = row.status == "ok"
+                good = row.status == Status.OK
                 _cell(ax, x, y, _HOW[row.how] if good else "no", _GOOD if good else _BAD)
     _frame(ax, [_NAMES[name] for name in names], list(SPARSE))
     ax.set_title("Sparse gradients, CPU tensors (c: composed of all_gathers)")
@@ -68,7 +70,7 @@ def draw_times(times: pd.DataFrame, limits: dict[str, float]) -> Figure:
         ax.set_yscale("log")
         ax.set_xticks(sizes, [_size_text(size) for size in sizes], rotation=30)
         ax.minorticks_off()
-        ax.set_xlabel("message, bytes a rank")
+        ax.set_xlabel("message, bytes per rank")
     left.set_ylabel("all_reduce, ms")
     right.set_ylabel("message / time, GB/s")
     left.set_title("Time, two ranks on one machine")
@@ -106,13 +108,13 @@ def _talks_cell(row: pd.Series) -> tuple[str, str, bool]:
 
 
 def _our_cell(row: pd.Series) -> tuple[str, str, bool]:
-    if row.status == "ok":
+    if row.status == Status.OK:
         return _HOW[row.how], _GOOD, row.differs is True
     if (row.backend, row.device) == ("nccl", "cpu"):
         return "no*", _UNKNOWN, False
-    if row.status in ("not built", "no device"):
+    if not Status(row.status).answered:
         return "n/a", _UNKNOWN, False
-    return {"wrong result": "wrong", "hang": "hangs"}.get(row.status, "error"), _BAD, row.differs is True
+    return {Status.WRONG: "wrong", Status.HANG: "hangs"}.get(row.status, "error"), _BAD, row.differs is True
 
 
 def _cell(ax: Axes, x: int, y: int, text: str, color: str, framed: bool = False) -> None:

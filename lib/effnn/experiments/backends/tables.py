@@ -4,7 +4,6 @@ Slide 24 lists which of eleven operations each backend of torch.distributed supp
 tensors are summed by gloo alone and that oneCCL is the choice on a CPU.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effnn.base import InvalidInput, NotAvailable
-from effnn.comm import available, launch, unavailable
+from effnn.base import NotAvailable
+from effnn.comm import BACKENDS, available, launch, unavailable
 from effnn.comm.emulation import network
 from effnn.comm.emulation.link_model import Link, ring_ms
 from effnn.comm.probing import matrix, timing
-from effnn.comm.probing.operations import OPERATIONS, SPARSE
+from effnn.comm.probing.answers import Status
+from effnn.comm.probing.matrix import How
+from effnn.comm.probing.operations import OPERATIONS, SPARSE, SPARSE_SUMS
 from effnn.report import published
 
-SLIDE = "talk, backend slide (24)"
 COLUMNS = tuple((backend, device) for backend in ("gloo", "mpi", "nccl") for device in ("cpu", "cuda"))
 """The talk's columns, in its order."""
 
@@ -32,7 +32,7 @@ TIMED = ("gloo", "ccl", "mpi4py")
 _PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
 """Seconds that timed ranks may take: it must end what hangs, and not what a busy machine slows down."""
 
-_YES, _NO, _OPEN = "yes", "no", "?"
+_YES, _NO = "yes", "no"
 
 _REASONS = {
     ("gloo", "cpu"): "torch has added it to gloo since the talk",
@@ -43,30 +43,8 @@ _REASONS = {
 
 
 def talk_table() -> pd.DataFrame:
-    """Return the talk's table, one row a cell: backend, device, operation, supported (yes, no or ?)."""
-    rows = published.load("talk")
-    rows = rows[rows.source == SLIDE]
-    cells = []
-    for row in rows.itertuples():
-        device = {"CPU": "cpu", "GPU": "cuda"}[row.setting]
-        for operation, supported in _read(row.note).items():
-            cells.append({"backend": row.method, "device": device, "operation": operation, "supported": supported})
-    return pd.DataFrame(cells)
-
-
-def _read(note: str) -> dict[str, str]:
-    """One row of the published file in words -> operation -> yes, no or ?."""
-    named, _, rest = note.partition(";")
-    words = set(re.findall("|".join(sorted(OPERATIONS, key=len, reverse=True)), note))
-    if note == "none":
-        return dict.fromkeys(OPERATIONS, _NO)
-    if "all but" in note:
-        usual = _OPEN if note.startswith("unknown") else _YES
-        return {name: _NO if name in words else usual for name in OPERATIONS}
-    if not rest.strip().startswith("not "):
-        raise InvalidInput(f"a row of the published backend table cannot be read: {note!r}")
-    yes = set(re.findall(r"\w+", named))
-    return {name: _YES if name in yes else _NO for name in OPERATIONS}
+    """Return the talk's table, one row per cell: backend, device, operation, supported (yes, no or ?), source."""
+    return published.load("talk_backends")
 
 
 def probe_matrix(operations: Iterable[str] = (), world_size: int = 2, other: str = "") -> matrix.Probe:
@@ -80,7 +58,7 @@ def probe_matrix(operations: Iterable[str] = (), world_size: int = 2, other: str
 
 
 def compare(probe: matrix.Probe) -> pd.DataFrame:
-    """Return one row a cell of the talk's table and of our own columns: what the talk says, what ran, and the story.
+    """Return one row per cell of the talk's table and of our own columns: what the talk says, what ran, and the story.
 
     differs: True or False where both give an answer, empty where this machine has none or the talk has a question mark.
     """
@@ -92,43 +70,44 @@ def compare(probe: matrix.Probe) -> pd.DataFrame:
             said = talk.get((backend, device, operation), "")
             if cell is None:
                 continue
-            row = {"backend": backend, "device": device, "operation": operation, "talk": said, "status": cell.status}
+            place = {"backend": backend, "device": device, "operation": operation}
+            row = place | {"talk": said, "status": str(cell.status)}
             answer = _answer(cell)
             differs = (answer != said) if said in (_YES, _NO) and answer else None
             story = _story(backend, device, said, answer, differs, cell)
-            rows.append(row | {"how": cell.how, "differs": differs, "story": story})
+            rows.append(row | {"how": str(cell.how), "differs": differs, "story": story})
     return pd.DataFrame(rows)
 
 
 def _answer(cell: matrix.Cell) -> str:
     """yes, no, or empty where this machine cannot say."""
-    if cell.status in ("not built", "no device"):
+    if not cell.status.answered:
         return ""
-    return _YES if cell.status == "ok" else _NO
+    return _YES if cell.status is Status.OK else _NO
 
 
 def _story(backend: str, device: str, said: str, answer: str, differs: bool | None, cell: matrix.Cell) -> str:
     if differs:
-        return _REASONS.get((backend, device), "") if answer == _YES else cell.message
+        return _REASONS.get((backend, device), "") if answer == _YES else cell.note
     if not answer or answer == _NO:
-        return "not run: nccl moves GPU memory only" if (backend, device) == ("nccl", "cpu") else cell.message
-    return "probed elsewhere: " + cell.message if "probed on" in cell.message else ""
+        return "not run: nccl moves GPU memory only" if (backend, device) == ("nccl", "cpu") else cell.note
+    return f"probed elsewhere: {cell.note}" if cell.machine else ""
 
 
 def sparse_table(probe: matrix.Probe) -> pd.DataFrame:
     """Return the sparse rows on the backends that take CPU tensors: backend, operation, status, how, message."""
     rows = [
-        {"backend": cell.backend, "operation": cell.operation, "status": cell.status, "how": cell.how}
-        | {"message": cell.message}
+        {"backend": cell.backend, "operation": cell.operation, "status": str(cell.status), "how": str(cell.how)}
+        | {"message": cell.note}
         for cell in probe.cells
-        if cell.operation in SPARSE and cell.status not in ("not built", "no device")
+        if cell.operation in SPARSE and cell.status.answered
     ]
     return pd.DataFrame(rows, columns=["backend", "operation", "status", "how", "message"])
 
 
 def sparse_backends(table: pd.DataFrame) -> list[str]:
     """Backends whose own (native) all_reduce of sparse tensors gives the right sum, in float32 and in int8."""
-    native = table[table.operation.str.startswith("sparse") & (table.status == "ok") & (table.how == "native")]
+    native = table[table.operation.isin(SPARSE_SUMS) & (table.status == Status.OK) & (table.how == How.NATIVE)]
     counts = native.groupby("backend").size()
     return sorted(counts[counts == 2].index)
 
@@ -142,10 +121,10 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
     fails = answered[answered.talk.eq(_YES) & answered.differs.eq(True)]
     since = answered[answered.talk.eq(_NO) & answered.differs.eq(True)]
     ours = table[table.backend.eq("ccl")]
-    done = ours[ours.status.eq("ok")].groupby("how").operation.agg(list)
-    own = {how: done.get(how, []) for how in ("native", "composed", "delegated")}
+    done = ours[ours.status.eq(Status.OK)].groupby("how").operation.agg(list)
+    own = {how: done.get(how, []) for how in map(str, How)}
     summing = sparse_backends(sparse)
-    on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.str.startswith("sparse")]
+    on_nccl = sparse[sparse.backend.eq("nccl") & sparse.operation.isin(SPARSE_SUMS)]
     found = {
         "comm.matrix": (len(fails), f"of {int(answered.talk.eq(_YES).sum())} that could be probed{_listed(fails)}"),
         "comm.matrix_since": (
@@ -153,7 +132,7 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
             f"of {int(answered.talk.eq(_NO).sum())} that could be probed{_listed(since)}",
         ),
         "comm.sparse": (len([name for name in summing if name != "gloo"]), f"natively: {', '.join(summing) or 'none'}"),
-        "comm.sparse_nccl": (int(on_nccl.status.eq("ok").sum()), f"{len(on_nccl)} rows"),
+        "comm.sparse_nccl": (int(on_nccl.status.eq(Status.OK).sum()), f"{len(on_nccl)} rows"),
         "comm.oneccl_support": (
             len(own["native"]) + len(own["composed"]),
             "; ".join(f"{len(names)} {how} ({', '.join(names) or 'none'})" for how, names in own.items()),
@@ -162,7 +141,7 @@ def claims(table: pd.DataFrame, sparse: pd.DataFrame) -> dict[str, tuple[float |
     if on_nccl.empty:
         needs = "needs a GPU: save a probe on a machine with one (effnn.comm.probing.matrix) and name it as other_probe"
         found["comm.sparse_nccl"] = (None, needs)
-    if not ours.status.isin(["ok", "wrong result", "error", "hang"]).any():
+    if not ours.status.isin([str(status) for status in Status if status.answered]).any():
         found["comm.oneccl_support"] = (None, "needs oneCCL (Linux on x86-64: make env)")
     return found
 
@@ -175,14 +154,14 @@ def _listed(cells: pd.DataFrame) -> str:
 def time_all_reduce(
     sizes: Sequence[int] = timing.SIZES, launches: int = 5, rounds: int = 3, threads: int = 1
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Time all_reduce with two ranks over every backend that can be had.
+    """Time all_reduce with two ranks over every backend that is available here.
 
     gloo and oneCCL take turns within the same processes. MPI's ranks must be started by its own launcher, under which
     the others are slower than by themselves, so it runs in processes of its own, in turn with those of the two.
 
-    sizes: bytes a rank. launches: how often new processes are started; each is one sample. Returns one row a launch,
-    backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s: the best
-    that any launch saw.
+    sizes: bytes per rank. launches: how often new processes are started; each is one sample. Returns one row per
+    launch, backend, size and round (as `timing.all_reduce_rounds`, with the column launch), and the limits in GB/s: the
+    best that any launch saw.
     """
     here = [name for name in TIMED if unavailable(name, "cpu") is None]
     together, alone = [name for name in here if name != "mpi4py"], [name for name in here if name == "mpi4py"]
@@ -210,13 +189,13 @@ def time_crowded(ranks: int, sizes: Sequence[int], launches: int = 3, rounds: in
 
 
 def medians(times: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a launch, backend and size: ms (median over rounds) and gb_s, the message over its time."""
+    """Return one row per launch, backend and size: ms (median over rounds) and gb_s, the message over its time."""
     found = times.groupby(["launch", "backend", "bytes"], as_index=False).ms.median()
     return found.assign(gb_s=found.bytes / found.ms / 1e6)
 
 
 def ratios(times: pd.DataFrame, nbytes: int, above: str = "ccl", below: str = "gloo") -> list[float]:
-    """Time of one backend over another's at one size, one ratio a launch; empty where one of them was not timed."""
+    """Time of one backend over another's at one size, one ratio per launch; empty where one of them was not timed."""
     table = medians(times[times.bytes == nbytes]).pivot(index="launch", columns="backend", values="ms")
     return [] if {above, below} - set(table.columns) else (table[above] / table[below]).tolist()
 
@@ -241,7 +220,7 @@ def emulated_all_reduce(rate_mbit: float, nbytes: int, calls: int = 3) -> dict[s
 
 
 def missing() -> pd.DataFrame:
-    """Return the backends that cannot be had here, each with the reason in one sentence."""
+    """Return the backends that are not available here, each with the reason in one sentence."""
     here = set(available())
-    names = [backend for backend in matrix.backends.BACKENDS if backend not in here]
+    names = [backend for backend in BACKENDS if backend not in here]
     return pd.DataFrame({"backend": names, "not available here": [unavailable(name) for name in names]})

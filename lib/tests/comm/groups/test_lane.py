@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from effnn.comm import CollectiveFailed, CollectiveTimeout
-from effnn.comm.groups.lane import lane as work
-from effnn.comm.groups.lane.lane import Call, Lane, LibraryError
+from effnn.comm.groups.lane import lane as lane_module
+from effnn.comm.groups.lane.call import Call, LibraryError
+from effnn.comm.groups.lane.lane import Lane
 
 SOON = timedelta(seconds=20)  # for what ends at once; a busy machine may be slow
 
@@ -40,7 +41,7 @@ class Later:
 def lanes(monkeypatch):
     """Makes lanes, and forgets them at the end; what would change the end of this process is only counted."""
     made, skips = [], []
-    monkeypatch.setattr(work, "skip_destructors", lambda: skips.append(1))
+    monkeypatch.setattr(lane_module, "skip_destructors", lambda: skips.append(1))
 
     def make():
         made.append(Lane("the library"))
@@ -306,7 +307,8 @@ def test_stop_does_not_wait_for_a_call_that_never_returns(lanes, lane, blocker):
 SCENARIOS = """
 import atexit, ctypes, json, os, sys, time
 from effnn.comm import CollectiveFailed, CollectiveTimeout
-from effnn.comm.groups.lane.lane import Call, Lane
+from effnn.comm.groups.lane.call import Call
+from effnn.comm.groups.lane.lane import Lane
 
 def stuck(lane, limit=None):
     return lane.submit(Call("stuck", lambda: ctypes.CDLL(None).pause(), timeout=limit))

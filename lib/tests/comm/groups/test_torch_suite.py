@@ -1,8 +1,8 @@
 """PyTorch's own distributed tests, over the backends of this project: what torch asks of gloo and nccl holds here too.
 
-data/torch_suite.csv lists the tests that are known to fail: of kind `torch` those that fail on torch's gloo as well,
-for reasons of their own; of kind `pending` those that a known work will mend, of kind `backend` those that this backend
-cannot or need not pass. Each has its reason.
+lib/tests/reference/torch_suite.csv lists the tests that are known to fail, each with its reason. Of kind `torch` are
+those that fail on torch's gloo as well, for reasons of their own; of kind `pending` those that known work will mend; of
+kind `backend` those that this backend cannot or need not pass.
 """
 
 from collections import Counter

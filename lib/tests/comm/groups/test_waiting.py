@@ -11,7 +11,7 @@ from helpers.backends import need
 from workers import waiting as workers
 
 from effnn.comm import launch
-from effnn.comm.groups.lane import waiting
+from effnn.comm.groups.oneccl import waiting
 from effnn.experiments.backends import bench as bench_comm
 
 ASLEEP = {"CCL_WORKER_OFFLOAD": "1", "CCL_WORKER_WAIT": "1", "CCL_YIELD": "sleep"}
@@ -181,18 +181,18 @@ def test_a_process_asleep_costs_little(two_cores):
 @pytest.mark.parametrize("user", [{}, pytest.param({"CCL_WORKER_OFFLOAD": "0"}, marks=pytest.mark.slow)])
 def test_a_failure_in_the_library_is_an_error_and_not_the_end_of_the_process(two_cores, user, numel):
     """Ranks that bring different sizes: against the rules, and an error inside of the library."""
-    outcomes = launch.run_outcomes(
+    results = launch.run_ranks(
         workers.unequal_sizes, 3, "ccl", args=(numel,), env=user, timeout=60, group_timeout=6, grace=30
     )
-    assert [outcome.exit_code for outcome in outcomes] == [0] * 3, [(o.error, o.stderr) for o in outcomes]
-    found = [outcome.result for outcome in outcomes]
+    assert [result.exit_code for result in results] == [0] * 3, [(o.error, o.stderr) for o in results]
+    found = [result.result for result in results]
     assert [kind for kind, _ in found].count("LibraryError") >= 1, found
     assert {kind for kind, _ in found} <= {"LibraryError", "CollectiveTimeout", "CollectiveFailed", "none"}
 
 
 TERMINATE = """
 import ctypes, os, sys, threading, time
-from effnn.comm.groups.lane import thread_guard
+from effnn.comm.groups.oneccl import thread_guard
 
 called = threading.Event()
 terminate = ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev

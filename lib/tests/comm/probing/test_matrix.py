@@ -11,7 +11,7 @@ from workers import units as workers
 
 from effnn.base import InvalidInput
 from effnn.comm import launch
-from effnn.comm.groups import oneccl
+from effnn.comm.groups.oneccl.group import SUPPORT
 from effnn.comm.probing import matrix, operations
 from effnn.comm.probing.matrix import Cell, Probe
 
@@ -50,9 +50,9 @@ def test_cells_of_oneccl_say_how(monkeypatch):
     need("ccl")
     probe = matrix.probe(["ccl"], ["cpu"], progress=False)
     assert {name: probe.cell("ccl", "cpu", name) for name in ELEVEN} == {
-        name: Cell("ccl", "cpu", name, "ok", oneccl.SUPPORT[name]) for name in ELEVEN
+        name: Cell("ccl", "cpu", name, "ok", SUPPORT[name]) for name in ELEVEN
     }
-    assert set(oneccl.SUPPORT.values()) == set(matrix.HOWS)
+    assert set(SUPPORT.values()) == set(matrix.How)
     assert {probe.cell("ccl", "cpu", name).how for name in operations.SPARSE} == {"composed"}
     assert "oneccl" in probe.versions
 
@@ -62,7 +62,7 @@ def no_launch(*_, **__):
 
 
 def test_what_is_not_built_is_not_started(monkeypatch):
-    monkeypatch.setattr(launch, "run_outcomes", no_launch)
+    monkeypatch.setattr(launch, "run_ranks", no_launch)
     monkeypatch.setattr(dist, "is_mpi_available", lambda: False)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     probe = matrix.probe(["mpi", "nccl"], ["cpu", "cuda"], selected=ELEVEN, progress=False)
@@ -75,7 +75,7 @@ def test_what_is_not_built_is_not_started(monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones(monkeypatch):
-    monkeypatch.setattr(launch, "run_outcomes", no_launch)
+    monkeypatch.setattr(launch, "run_ranks", no_launch)
     with pytest.raises(InvalidInput, match="'all_sum': expected some of send, recv, .*float32, .*of .ids, values."):
         matrix.probe(["gloo"], selected=["all_sum"])
     with pytest.raises(InvalidInput, match="'glue': expected one of gloo"):
@@ -107,8 +107,8 @@ def test_a_function_that_does_nothing_is_found_out(verdicts, row):
 @pytest.fixture(scope="module")
 def stand_ins():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix, "_SECONDS_A_LAUNCH", 8.0)
-        patch.setattr(matrix, "_SECONDS_AN_OPERATION", 4.0)
+        patch.setattr(matrix, "_SECONDS_PER_LAUNCH", 12.0)
+        patch.setattr(matrix, "_SECONDS_PER_OPERATION", 4.0)
         probe = matrix.probe(["gloo"], ["cpu"], progress=False, checks="workers.units:STAND_INS")
     return {cell.operation: cell for cell in probe.cells}
 
@@ -136,13 +136,13 @@ def test_a_failing_operation_says_what_became_of_it(stand_ins, name, status, mes
 def test_processes_that_do_not_even_begin_are_started_once(monkeypatch):
     starts = []
 
-    def run_outcomes(*_, **__):
+    def run_ranks(*_, **__):
         starts.append(1)
         return [
-            launch.Outcome(rank, error=f"RuntimeError: no way in for {rank}", finished=2.0 - rank) for rank in (0, 1)
+            launch.RankResult(rank, error=f"RuntimeError: no way in for {rank}", finished=2.0 - rank) for rank in (0, 1)
         ]
 
-    monkeypatch.setattr(launch, "run_outcomes", run_outcomes)
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
     probe = matrix.probe(["gloo"], ["cpu"], progress=False)
     assert len(starts) == 1 and len(probe.cells) == 14
     assert {(cell.status, cell.message) for cell in probe.cells} == {("error", "RuntimeError: no way in for 1")}
@@ -180,7 +180,7 @@ def content(**changes):
         json.dumps(content(cells=5)),
         json.dumps(content(cells=[{"backend": "gloo"}])),
         json.dumps(content(cells=[["gloo", "cpu", "send", "ok"]])),
-        json.dumps(content(cells=[dataclasses.asdict(Cell("gloo", "cpu", "send", "perhaps"))])),
+        json.dumps(content(cells=[dataclasses.asdict(Cell("gloo", "cpu", "send", "ok")) | {"status": "perhaps"}])),
         json.dumps(content(more=1)),
         b"\xff\xfe\x00",
     ],
@@ -200,9 +200,9 @@ def test_merge_fills_what_this_machine_cannot_answer():
     other = made("cluster", send="ok", recv="wrong result", reduce="hang", gather="ok")
     third = made("third", send="hang", recv="ok")
     merged = matrix.merge(here, idle, other, third)
-    assert {cell.operation: (cell.status, cell.message) for cell in merged.cells} == {
-        "send": ("ok", "probed on cluster"),
-        "recv": ("wrong result", "probed on cluster"),
+    assert {cell.operation: (cell.status, cell.machine) for cell in merged.cells} == {
+        "send": ("ok", "cluster"),
+        "recv": ("wrong result", "cluster"),
         "reduce": ("ok", ""),
         "gather": ("error", ""),
         "scatter": ("no device", ""),
@@ -210,4 +210,5 @@ def test_merge_fills_what_this_machine_cannot_answer():
     assert merged.cell("gloo", "cuda", "send").how == "native"
     assert merged.machine == "laptop" and matrix.merge(here) == here
     said = dataclasses.replace(other, cells=(Cell("gloo", "cuda", "send", "error", message="no route"),))
-    assert matrix.merge(here, said).cell("gloo", "cuda", "send").message == "no route; probed on cluster"
+    cell = matrix.merge(here, said).cell("gloo", "cuda", "send")
+    assert (cell.message, cell.machine, cell.note) == ("no route", "cluster", "no route; probed on cluster")

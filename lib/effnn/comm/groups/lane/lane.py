@@ -2,9 +2,9 @@
 
 A library that is not thread safe (oneCCL, MPI in one thread) is only ever entered from its lane. A `Call` starts on the
 lane; it is finished when `start` returns None, or when the request that it returned says so (MPI's non-blocking calls),
-so that a receive that waits does not stop the calls issued after it. What a library cannot do, the lane adds: a
-time-out for every call, errors that reach every waiting caller, and an end of the process that is not held up by a call
-that never returns.
+so that a receive that waits does not hold up later calls. What a library cannot do, the lane adds: a time-out for every
+call, errors that reach every waiting caller, and an end of the process that is not held up by a call that never
+returns.
 """
 
 import atexit
@@ -16,145 +16,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Protocol
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from effnn.base import EffnnError
-from effnn.comm.groups.lane import futures
+from effnn.comm.groups.lane.call import Call, CollectiveFailed, CollectiveTimeout, LibraryError, Request
+from effnn.comm.groups.lane.handle import LaneWork
 
 _POLLS_BEFORE_SLEEP = 200  # of outstanding requests; then the lane sleeps between polls, longer and longer
 _LONGEST_SLEEP = 1e-3  # seconds
 _WATCH = 0.2  # seconds between two looks of the watchdog
 _STOP = 1.0  # seconds that the threads get to end
-
-
-class CollectiveFailed(EffnnError, RuntimeError):
-    """A communication call failed; the message says which, why, and what still works."""
-
-
-class CollectiveTimeout(CollectiveFailed):
-    """A communication call did not end within its group's time-out: a peer is gone, stuck, or called something else."""
-
-
-class LibraryError(CollectiveFailed):
-    """The library under a group reported an error; after one its lane is not used again."""
-
-
-class Request(Protocol):
-    """What a call leaves behind that is not finished yet."""
-
-    def test(self) -> bool:
-        """Drive the call on; True once it is finished."""
-
-
-@dataclass
-class Call:
-    """One communication call. `start` and `finish` run on the lane, `finish` after the call has ended without error."""
-
-    name: str
-    start: Callable[[], Request | None]
-    result: Sequence[Tensor] = ()
-    finish: Callable[[], None] | None = None
-    timeout: float | None = None  # seconds from its start; None: no limit
-    source: Callable[[], int] | None = None  # of a receive from any source: the rank that sent, known at its end
-    collective: bool = False  # all ranks begin such calls in the same order
-
-
-class LaneWork(dist.Work):
-    """Handle of one call: what torch.distributed returns for async_op=True, and what DDP waits for."""
-
-    def __init__(self, lane: "Lane", call: Call):
-        super().__init__()
-        self._lane, self._call = lane, call
-        self._inference = torch.is_inference_mode_enabled()  # of the thread that issued it: the lane goes on in it
-        self._error: Exception | None = None
-        self._finished = False
-        self._signal = threading.Lock()  # held until the call has ended; cheaper than an Event
-        self._signal.acquire()
-        self._guard = threading.Lock()
-        self._base: torch.futures.Future | None = None
-        self._future: torch.futures.Future | None = None
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until the call has ended; returns True, raises its error. timeout: None or 0 for the group's own."""
-        limit = timeout.total_seconds() if timeout else 0.0
-        if not self._signal.acquire(timeout=limit if limit > 0 else -1):
-            raise CollectiveTimeout(f"{self._call.name} did not end within the {limit:g} s that wait() was given")
-        self._signal.release()
-        if self._future is not None:
-            futures.settle(self._future)  # who waits may look at the future next
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether the call has ended, well or not."""
-        return self._finished
-
-    def is_success(self) -> bool:
-        """Whether the call has ended without error."""
-        return self._finished and self._error is None
-
-    def exception(self) -> Exception | None:
-        """The error of an ended call."""
-        return self._error
-
-    def result(self) -> list[Tensor]:
-        """The tensors that the call fills."""
-        return list(self._call.result)
-
-    def synchronize(self) -> None:
-        """The same as wait(): there is no stream on a CPU."""
-        self.wait()
-
-    def source_rank(self) -> int:
-        """The rank that sent, of a receive that has ended."""
-        if self._call.source is None:
-            raise CollectiveFailed(f"{self._call.name} has no source rank; a receive has")
-        self.wait()
-        return self._call.source()
-
-    _source_rank = source_rank
-
-    def get_future(self) -> torch.futures.Future:
-        """Future of `result()`; its callbacks run on threads of their own, so they may wait for other collectives."""
-        for_cpp = futures.asked_by_cpp("get_future")
-        with self._guard:
-            if self._future is None:
-                self._base = torch.futures.Future()
-                # An exception set on a future directly is not seen by C++ (DDP would go on and crash); one that is
-                # raised in a callback is.
-                self._future = self._base.then(self._value)
-                if self._finished:
-                    self._base.set_result(None)  # nothing else can be attached to it yet
-            return futures.of_tensors(self._future, self._call.result) if for_cpp else self._future
-
-    def mode(self) -> contextlib.AbstractContextManager:
-        """inference_mode() on the lane if the call was issued in it: only there may its tensors be written to."""
-        return torch.inference_mode() if self._inference else contextlib.nullcontext()
-
-    def _value(self, _: torch.futures.Future) -> list[Tensor]:
-        if self._error is not None:
-            raise self._error
-        return self.result()
-
-    def _end(self, error: Exception | None = None) -> None:
-        """Called once, by the lane or by what gives it up; later calls change nothing."""
-        with self._guard:
-            if self._finished:
-                return
-            self._error, self._finished = error, True
-            base = self._base
-        self._call.start = self._call.finish = None  # a handle that is kept must not keep inputs and buffers
-        self._signal.release()
-        if base is not None:
-            futures.complete(base)
 
 
 class Lane:
@@ -189,7 +58,7 @@ class Lane:
                 f"{call.name}: this process was forked from one that uses {self.name}, whose threads and connections "
                 "do not survive a fork. Start processes with the 'spawn' method, or communicate in the parent only."
             )
-        work = LaneWork(self, call)
+        work = LaneWork(call)
         with self._guard:
             if self.failure is not None:
                 raise self._after_failure(call)

@@ -14,7 +14,7 @@ Finish = Callable[[], None] | None
 def single(name: str, values: Sequence) -> Sequence:
     """The values, of which there is one: torch hands over a list, for devices that a rank once had several of."""
     if len(values) != 1:
-        raise InvalidInput(f"{name}: expected one tensor (or list of them) a rank, got {len(values)}")
+        raise InvalidInput(f"{name}: expected one tensor (or list of them) per rank, got {len(values)}")
     return values
 
 
@@ -44,11 +44,7 @@ def flat_in_place(name: str, tensors: Sequence[Tensor], receives: bool = True) -
     expect_own_memory(name, tensors)
     copied = [(tensor, flat) for tensor, flat in zip(tensors, flats, strict=True) if not is_view(flat, tensor)]
 
-    def copy_back() -> None:
-        for tensor, flat in copied:
-            tensor.detach().copy_(flat.view(tensor.shape))
-
-    return flats, copy_back if copied else None
+    return flats, (lambda: fill(*zip(*copied, strict=True))) if copied else None
 
 
 def expect_own_memory(name: str, outputs: Sequence[Tensor]) -> None:
@@ -90,10 +86,10 @@ def as_bytes(flat: Tensor) -> Tensor:
     return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
-def fill(parts: Sequence[Tensor], flat: Tensor) -> None:
-    """Copy equal shares of `flat` into the parts."""
-    for part, values in zip(parts, flat.view(len(parts), -1), strict=True):
-        part.detach().copy_(values.view(part.shape))
+def fill(tensors: Sequence[Tensor], flats: Sequence[Tensor]) -> None:
+    """Copy flat values into the tensors that they belong to."""
+    for tensor, flat in zip(tensors, flats, strict=True):
+        tensor.detach().copy_(flat.view(tensor.shape))
 
 
 def then(first: Finish, second: Finish) -> Finish:

@@ -1,15 +1,14 @@
 """Large messages in pieces: an MPI library may count the bytes of one call in 32 bits, and fail beyond 2 GiB.
 
-All ranks cut alike, since the sizes of a call are alike on all of them. All pieces are started at once: one that were
-started later would come after other calls on some ranks, and before them on others.
+All ranks cut alike, since the sizes of a call are alike on all of them. All pieces are started at once: a piece
+that is started later could come after another call on one rank and before it on another.
 """
 
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from effnn.comm.groups.lane.lane import Request
-from effnn.comm.groups.lane.requests import AllOf, Steps
+from effnn.comm.groups.lane.call import AllOf, Request, Steps
 
 LARGEST = 1 << 30
 """Bytes of the memory that one call of the library gets at most."""
@@ -29,10 +28,14 @@ def in_pieces(start: Callable[[Tensor], Request], flat: Tensor) -> Request:
 def by_columns(
     start: Callable[[Tensor, Tensor], Request], output: Tensor, source: Tensor, columns: int, rows: int
 ) -> Request:
-    """Start start(output, source) on some columns at a time of tensors that hold one row a rank.
+    """Start a call on some columns at a time of tensors that hold one row per rank.
 
-    output, source: flat, [rows x columns] or [columns]; the output is empty where nothing arrives. columns: elements of
-    one row; rows: the number of ranks. A tensor in pieces is copied once more.
+    start: starts the call on such an output and source.
+    output, source: flat, [rows x columns] or [columns]; the output is empty where nothing arrives.
+    columns: elements of one row.
+    rows: the number of ranks.
+
+    A tensor that is sent in pieces is copied once more.
     """
     width = _width(source, rows)
     if columns <= width:

@@ -4,7 +4,7 @@ Three things are made here, the same on every rank, so that it does not matter w
 
 Comparing floats. What a library's minimum of a NaN and a number is depends on which of them it looks at first, so the
 ranks end with different values. They are compared as integers instead: read as a signed integer, with the bits below
-the sign turned round where the sign is set, a float's bits stand in the order of the values (-0 below +0). A NaN is
+the sign inverted where the sign is set, a float's bits stand in the order of the values (-0 below +0). A NaN is
 set to the largest integer for a maximum, the smallest for a minimum, so it wins, as it does in torch's own `amax`.
 
 Flags. A bool is a byte that holds 0 or 1: its sum is the maximum, its product the minimum.
@@ -39,13 +39,20 @@ _OF_FLAGS = {
 
 @dataclass(frozen=True)
 class Reduction:
-    """One reduction of tensors of one type. operation: what the library is asked for (never "avg")."""
+    """One reduction of tensors of one type.
+
+    operation: what the library is asked for (never "avg").
+    as_numbers: gives the same memory, of a type that the library knows.
+    encode: gives a copy that the library reduces instead.
+    decode: puts such a copy into the tensor.
+    afterwards: changes the result, in place.
+    """
 
     operation: str
-    as_numbers: Callable[[Tensor], Tensor] | None = None  # the same memory, of a type that the library knows
-    encode: Callable[[Tensor], Tensor] | None = None  # a copy that the library reduces instead
-    decode: Callable[[Tensor, Tensor], None] | None = None  # from such a copy into the tensor
-    afterwards: Callable[[Tensor], object] | None = None  # in place, on the result
+    as_numbers: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor, Tensor], None] | None = None
+    afterwards: Callable[[Tensor], object] | None = None
 
     def carry(self, flat: Tensor) -> Tensor:
         """Return what the library reduces in place of `flat`; where possible the same memory."""
@@ -63,26 +70,21 @@ class Reduction:
             self.afterwards(numbers)
 
 
-def restoring(reduction: Reduction, carried: list[Tensor], flats: list[Tensor]) -> Callable[[], None]:
-    """What puts the results of a call into its tensors; the list of what is carried may be filled by then only."""
-
-    def restore() -> None:
-        for one, flat in zip(carried, flats, strict=True):
-            reduction.restore(one, flat)
-
-    return restore
-
-
 def operation_of(asked: object) -> str | None:
     """Name of a torch.distributed.ReduceOp; None for one that is not in OPERATIONS."""
     return next((known for known in OPERATIONS if asked == getattr(dist.ReduceOp, known.upper())), None)
 
 
 def reduction(call: str, backend: str, asked: object, dtype: torch.dtype, size: int, int16: bool) -> Reduction:
-    """Return how to make the reduction `asked` of tensors of a type over `size` ranks.
+    """Return how to make a reduction.
 
-    call, backend: for messages. int16: whether the library compares such integers. Raises InvalidInput for a pair of
-    operation and type that has no meaning, and for what no backend of the CPU sums.
+    call, backend: their names, for messages.
+    asked: a torch.distributed.ReduceOp.
+    dtype: of the tensors.
+    size: number of ranks.
+    int16: whether the library compares such integers.
+
+    Raises InvalidInput for a pair of operation and type that has no meaning, and for what no backend of the CPU sums.
     """
     operation = operation_of(asked)
     if operation is None:
@@ -128,7 +130,7 @@ def _of_floats(operation: str, dtype: torch.dtype, int16: bool) -> Reduction:
         carried = torch.empty(flat.shape, dtype=kind)
         for values, place in _in_blocks(flat, carried):
             wide = values.float() if widened else values
-            _turn(wide.view(kind), place)
+            _invert(wide.view(kind), place)
             if wide.numel() and wide.amax().isnan():  # the common case is that there is none
                 place.masked_fill_(wide.isnan(), winner)
         return carried
@@ -136,9 +138,9 @@ def _of_floats(operation: str, dtype: torch.dtype, int16: bool) -> Reduction:
     def decode(carried: Tensor, flat: Tensor) -> None:
         for bits, place in _in_blocks(carried, flat):
             if widened:
-                place.copy_(_turn(bits, bits).view(torch.float32))
+                place.copy_(_invert(bits, bits).view(torch.float32))
             else:
-                _turn(bits, place.view(kind))
+                _invert(bits, place.view(kind))
 
     return Reduction(operation, encode=encode, decode=decode)
 
@@ -148,7 +150,7 @@ def _in_blocks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]
     return zip(source.split(_BLOCK), target.split(_BLOCK), strict=True)
 
 
-def _turn(bits: Tensor, target: Tensor) -> Tensor:
-    """Turn round the bits below the sign where the sign is set; twice is as before. The target may be `bits`."""
+def _invert(bits: Tensor, target: Tensor) -> Tensor:
+    """Invert the bits below the sign where the sign is set; twice gives them back. The target may be `bits`."""
     below = torch.bitwise_right_shift(bits, 8 * bits.itemsize - 1).bitwise_and_(torch.iinfo(bits.dtype).max)
     return torch.bitwise_xor(bits, below, out=target)

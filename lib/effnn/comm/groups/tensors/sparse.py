@@ -1,8 +1,10 @@
 """Sparse gradients over any backend: what a rank has touched travels as padded (ids, values) pairs.
 
-Of torch's backends only gloo sums sparse tensors, and with restrictions; every backend gathers dense ones. DQRM's
-gradient slide names the remark; `effnn.comm.probing.matrix` checks both ways by running them.
+Of torch's backends only gloo sums sparse tensors, and with restrictions; every backend gathers dense ones, as the
+talk says on its slide of DQRM's gradients. `effnn.comm.probing.matrix` checks both ways by running them.
 """
+
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,21 +18,51 @@ def all_gather_pairs(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return every rank's (ids, values), in rank order, each of its own length.
 
-    ids: [n] integers; values: [n, ...], the trailing shape and the types equal on all ranks; n may differ and be 0. Two
-    all_gathers of max n pairs a rank (and one of the lengths): no sum, so nothing is rounded.
+    ids: [n] integers; values: [n, ...], the trailing shape and the types equal on all ranks; n may differ and be 0. No
+    sum is made, so nothing is rounded.
     """
     if ids.dim() != 1 or values.dim() < 1 or len(ids) != len(values):
         raise InvalidInput(f"expected ids [n] and values [n, ...]; got {tuple(ids.shape)} and {tuple(values.shape)}")
     if dist.get_rank(group) < 0:
         raise InvalidInput("this rank does not belong to the group; call it on the ranks of the group only")
     world = dist.get_world_size(group)
-    lengths = _gathered(torch.tensor([len(ids)], device=ids.device), world, group).flatten().tolist()
-    longest = max(lengths)
-    if longest == 0:
-        return [(ids.clone(), values.clone()) for _ in range(world)]
-    every_id = _gathered(_padded(ids, longest), world, group)
-    every_value = _gathered(_padded(values, longest), world, group)
-    return [(every_id[rank, :length], every_value[rank, :length]) for rank, length in enumerate(lengths)]
+
+    def gather(tensor: Tensor) -> tuple[Tensor, None]:
+        parts = [torch.zeros_like(tensor) for _ in range(world)]  # not empty: a length must never be a random number
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts), None
+
+    steps = gather_padded([ids, values], gather)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return list(zip(*end.value, strict=True))
+
+
+def gather_padded(
+    tensors: Sequence[Tensor], gather: Callable[[Tensor], tuple[Tensor, object]]
+) -> Generator[object, None, list[list[Tensor]]]:
+    """A generator of steps that returns, per tensor, every rank's values in rank order, each of its own length.
+
+    tensors: [n, ...] each, the same n. gather: starts an all_gather of one tensor, and returns the [world, ...] that it
+    fills and the request that has to end before the next step. The lengths are gathered first, then each tensor padded
+    to the longest; where all are empty there is nothing to gather.
+    """
+    length = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    lengths, request = gather(length)
+    yield request
+    counts = lengths.flatten().tolist()
+    if not max(counts):
+        return [[tensor] * len(counts) for tensor in tensors]
+    found = []
+    for tensor in tensors:
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])  # kept here: a request does not keep its memory
+        padded[: len(tensor)] = tensor
+        every, request = gather(padded)
+        yield request
+        found.append([part[:count] for part, count in zip(every, counts, strict=True)])
+    return found
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -49,8 +81,8 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
 def sum_of_rows(indices: list[Tensor], values: list[Tensor], shape: torch.Size) -> Tensor:
     """Return the coalesced sparse sum of every rank's rows, added in rank order.
 
-    indices: one tensor a rank, [n, sparse dimensions], no index twice in one; values: [n, ...]. `coalesce()` would add
-    equal rows in any order, so ranks on different machines could differ.
+    indices: one tensor per rank, [n, sparse dimensions], no index twice in one; values: [n, ...]. `coalesce()` would
+    add equal rows in any order, so ranks on different machines could differ.
     """
     sparse_shape = shape[: indices[0].shape[1]]
     lines = torch.cat([_line(rank_indices, sparse_shape) for rank_indices in indices])
@@ -68,16 +100,3 @@ def _line(indices: Tensor, shape: torch.Size) -> Tensor:
     for dimension, size in enumerate(shape):
         line = line * size + indices[:, dimension]
     return line
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    padded = tensor.new_zeros(length, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    return padded
-
-
-def _gathered(tensor: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
-    """[world, ...]: every rank's tensor."""
-    parts = [torch.zeros_like(tensor) for _ in range(world)]  # not empty: a length must never be a random number
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.stack(parts)

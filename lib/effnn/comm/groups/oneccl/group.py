@@ -26,35 +26,17 @@ from torch._C._distributed_c10d import PythonCallbackWork
 
 from effnn.base import InvalidInput
 from effnn.comm.groups.interfaces import communication_interface
-from effnn.comm.groups.lane.lane import Call, Lane, skip_destructors
-from effnn.comm.groups.oneccl_library import OPERATIONS, TYPES, Communicator, library
+from effnn.comm.groups.lane.call import Call
+from effnn.comm.groups.lane.lane import Lane, skip_destructors
+from effnn.comm.groups.oneccl.library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.groups.process_group import LaneProcessGroup
-from effnn.comm.groups.tensors.layout import as_bytes, flat_view, is_view
+from effnn.comm.groups.tensors.layout import as_bytes, flat_in_place, flat_view
 
-_TYPE_NUMBERS = {
-    torch.int8: TYPES["i8"],
-    torch.uint8: TYPES["u8"],
-    torch.int32: TYPES["i32"],
-    torch.int64: TYPES["i64"],
-    torch.float16: TYPES["f16"],
-    torch.float32: TYPES["f32"],
-    torch.float64: TYPES["f64"],
-    torch.bfloat16: TYPES["bf16"],
-}
-
-SUPPORT = {
-    "send": "delegated",
-    "recv": "delegated",
-    "broadcast": "native",
-    "all_reduce": "native",
-    "reduce": "native",
-    "all_gather": "native",
-    "gather": "composed",
-    "scatter": "composed",
-    "reduce_scatter": "native",
-    "all_to_all": "native",
-    "barrier": "composed",
-}
+SUPPORT = (
+    dict.fromkeys(("send", "recv"), "delegated")
+    | dict.fromkeys(("broadcast", "all_reduce", "reduce", "all_gather", "reduce_scatter", "all_to_all"), "native")
+    | dict.fromkeys(("gather", "scatter", "barrier"), "composed")
+)
 
 _BITWISE = ("band", "bor", "bxor")  # not in the library's API
 
@@ -122,7 +104,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
             self._call("AllReduce", pointer, pointer, flat.numel(), *_kind(flat, operation))
 
     def _run_broadcast(self, flat: Tensor, root: int) -> None:
-        self._call("Broadcast", flat.data_ptr(), flat.data_ptr(), flat.numel(), TYPES["u8"], root)
+        self._call("Broadcast", flat.data_ptr(), flat.data_ptr(), flat.numel(), TYPES[torch.uint8], root)
 
     def _run_reduce(self, flat: Tensor, root: int, operation: str) -> None:
         result = flat if self._rank == root else torch.empty_like(flat)  # the library writes into it on every rank
@@ -132,7 +114,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
         self._call("Reduce", flat.data_ptr(), result.data_ptr(), flat.numel(), *_kind(flat, operation), root)
 
     def _run_all_gather(self, output: Tensor, flat: Tensor) -> None:
-        self._call("AllGather", flat.data_ptr(), output.data_ptr(), flat.numel(), TYPES["u8"])
+        self._call("AllGather", flat.data_ptr(), output.data_ptr(), flat.numel(), TYPES[torch.uint8])
 
     def _run_reduce_scatter(self, output: Tensor, flat: Tensor, operation: str) -> None:
         if operation in _BITWISE:
@@ -145,7 +127,7 @@ class OneCCLProcessGroup(LaneProcessGroup):
 
     def _run_all_to_all(self, output: Tensor, flat: Tensor) -> None:
         count = flat.numel() // self._size
-        self._call("AllToAll", flat.data_ptr(), output.data_ptr(), count, TYPES["u8"])
+        self._call("AllToAll", flat.data_ptr(), output.data_ptr(), count, TYPES[torch.uint8])
 
     # Composed calls.
 
@@ -204,16 +186,16 @@ class OneCCLProcessGroup(LaneProcessGroup):
         return self._gloo().send([as_bytes(flat_view(tensor))], rank, tag)
 
     def _receive(self, tensor: Tensor, rank: int | None, tag: int) -> dist.Work:
-        flat = flat_view(tensor)
+        (flat,), copy_back = flat_in_place("recv", [tensor])
         buffer = [as_bytes(flat)]
         gloo = self._gloo()
         work = gloo.recv_anysource(buffer, tag) if rank is None else gloo.recv(buffer, rank, tag)
-        if is_view(flat, tensor):
+        if copy_back is None:
             return work
 
         def wait(timeout: timedelta) -> bool:
             work.wait(timeout) if timeout else work.wait()
-            tensor.detach().copy_(flat.view(tensor.shape))
+            copy_back()
             return True
 
         return PythonCallbackWork(wait)
@@ -269,11 +251,11 @@ def _gloo_beside(store: dist.Store, rank: int, size: int, timeout: timedelta) ->
 
 def _kind(flat: Tensor, operation: str) -> tuple[int, int]:
     """Numbers of the type and the reduction."""
-    return _TYPE_NUMBERS[flat.dtype], OPERATIONS[operation]
+    return TYPES[flat.dtype], OPERATIONS[operation]
 
 
 def _gloo_chunk(flat: Tensor, size: int) -> int:
-    """Elements of a rank's share in gloo's ring: its segments are at most 1 MiB, at least two a rank, all equal."""
+    """Elements of a rank's share in gloo's ring: its segments are at most 1 MiB, at least two per rank, all equal."""
     item = flat.element_size()
     message = flat.numel() * item
     segments = max(ceil(message / (item * max(1, _GLOO_SEGMENT // item))), 2 * size)

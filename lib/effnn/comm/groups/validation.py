@@ -66,10 +66,11 @@ def _expect_dense(name: str, tensor: Tensor, sparse: bool) -> None:
         )
 
 
-class Checks:
-    """The checks of one group; all raise InvalidInput. name: of its backend, for messages. size: number of ranks.
+class Validator:
+    """Validates the arguments of one group's calls; every method raises InvalidInput.
 
-    int16: whether the library compares such integers. largest_tag: of a message.
+    name: of the backend, for messages. size: number of ranks. int16: whether the library compares such integers.
+    largest_tag: of a message.
     """
 
     def __init__(self, name: str, size: int, int16: bool, largest_tag: int):
@@ -106,9 +107,9 @@ class Checks:
             raise InvalidInput(f"{name}: expected as many outputs as inputs, got {len(lists)} and {len(others)}")
 
     def parts(self, name: str, parts: Sequence[Tensor], tensor: Tensor, mine: int | None = None) -> None:
-        """One part a rank, of one type; that of rank `mine` (None: every one) of the tensor's size."""
+        """One part per rank, of one type; that of rank `mine` (None: every one) of the tensor's size."""
         if len(parts) != self.size:
-            raise InvalidInput(f"{name}: expected {self.size} tensors, one a rank, got {len(parts)}")
+            raise InvalidInput(f"{name}: expected {self.size} tensors, one per rank, got {len(parts)}")
         if any(part.dtype != tensor.dtype for part in parts):
             raise InvalidInput(f"{name}: expected every tensor to be {tensor.dtype}")
         for part in parts if mine is None else [parts[mine]]:

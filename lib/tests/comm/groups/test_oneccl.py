@@ -15,9 +15,10 @@ from workers import units as workers
 
 from effnn.base import NotAvailable
 from effnn.comm import launch
-from effnn.comm.groups import interfaces, oneccl_library
-from effnn.comm.groups.lane.lane import CollectiveFailed, LibraryError
-from effnn.comm.groups.oneccl_library import Communicator, Library
+from effnn.comm.groups import interfaces
+from effnn.comm.groups.lane.call import CollectiveFailed, LibraryError
+from effnn.comm.groups.oneccl import library as oneccl_library
+from effnn.comm.groups.oneccl.library import Communicator, Library
 
 # Where it is found
 
@@ -109,7 +110,7 @@ def test_a_process_loads_the_library_with_the_users_variables():
     need("ccl")
     script = """
     import json, os
-    from effnn.comm.groups.oneccl_library import library
+    from effnn.comm.groups.oneccl.library import library
 
     loaded = library()
     one, other = loaded.unique_id(), loaded.unique_id()
@@ -218,10 +219,10 @@ def test_the_interface_towards_an_address(nothing_set):
     assert interfaces.communication_interface() == interfaces.loopback()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the address of an interface")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's table of routes")
 def test_an_interface_is_found_by_its_address(nothing_set):
-    assert interfaces._address_of(interfaces.loopback()) == "127.0.0.1"
-    assert interfaces._address_of("no-such-one") is None
+    assert interfaces.interface_of("127.0.0.1") == interfaces.loopback() == "lo"
+    assert interfaces.interface_of("192.0.2.77") is None
     routes = Path("/proc/net/route").read_text().splitlines()[1:]
     default = [line.split()[0] for line in routes if line.split()[1] == "00000000"]
     if not default:

@@ -1,8 +1,44 @@
-"""Requests made of requests: several at once, and several one after another."""
+"""What a lane runs: a call, the requests that it leaves behind until it has ended, and the errors it ends with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from effnn.comm.groups.lane.lane import Request
+from torch import Tensor
+
+from effnn.base import EffnnError
+
+
+class CollectiveFailed(EffnnError, RuntimeError):
+    """A communication call failed; the message says which, why, and what still works."""
+
+
+class CollectiveTimeout(CollectiveFailed):
+    """A communication call did not end within its group's time-out: a peer is gone, stuck, or called something else."""
+
+
+class LibraryError(CollectiveFailed):
+    """The library under a group reported an error; after one its lane is not used again."""
+
+
+class Request(Protocol):
+    """What a call leaves behind that is not finished yet."""
+
+    def test(self) -> bool:
+        """Drive the call on; True once it is finished."""
+
+
+@dataclass
+class Call:
+    """One communication call. `start` and `finish` run on the lane, `finish` after the call has ended without error."""
+
+    name: str
+    start: Callable[[], Request | None]
+    result: Sequence[Tensor] = ()
+    finish: Callable[[], None] | None = None
+    timeout: float | None = None  # seconds from its start; None: no limit
+    source: Callable[[], int] | None = None  # of a receive from any source: the rank that sent, known at its end
+    collective: bool = False  # all ranks begin such calls in the same order
 
 
 class AllOf:

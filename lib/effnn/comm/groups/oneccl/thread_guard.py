@@ -1,8 +1,8 @@
 """Errors on a thread of a C++ library, which would end the process, become a call of Python.
 
 An exception that leaves a C++ thread calls std::terminate, and that aborts the process: so it is with oneCCL's worker
-thread when a transfer fails. Here the handler of std::terminate keeps such a thread asleep for good and tells who waits
-for it. Other threads keep the handler that was there.
+thread when a transfer fails. Here the handler of std::terminate tells whoever waits for such a thread, and lets the
+thread sleep for good. Other threads keep the handler that was there.
 """
 
 import ctypes

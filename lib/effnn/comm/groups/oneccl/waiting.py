@@ -33,9 +33,11 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def variables(rank: int, size: int, allowed: Set[int], cores: int, user: Mapping[str, str]) -> dict[str, str]:
     """What the library has to be told so that it waits the right way.
 
-    rank, size: of the first group, for launchers that do not tell the place on this machine. allowed: cores that this
-    process may run on. cores: how many the ranks of this machine have together. user: the environment; a variable that
-    it has is not among the answers, and one that decides about worker threads leaves all to the user.
+    rank, size: of the first group, for launchers that do not tell the place on this machine.
+    allowed: cores that this process may run on.
+    cores: how many the ranks of this machine have together.
+    user: the environment; a variable that it has is not among the answers, and one that decides about worker threads
+      leaves all to the user.
     """
     if not _crowded(size, cores, user):
         return _new({"CCL_WORKER_OFFLOAD": "0"}, user)
@@ -110,7 +112,7 @@ def _quota(root: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> floa
     for _, controllers, path in lines:
         if controllers and "cpu" not in controllers.split(","):
             continue
-        base = root / "cpu" if controllers else root  # version 1 has a tree a controller, version 2 one for all
+        base = root / "cpu" if controllers else root  # version 1 has a tree per controller, version 2 one for all
         inside = base / path.lstrip("/")
         for folder in (inside, *inside.parents):
             limits.append(_limit(folder))

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from effnn.base import NotAvailable
 from effnn.comm.groups.interfaces import communication_interface
-from effnn.comm.groups.lane import thread_guard, waiting
-from effnn.comm.groups.lane.lane import LibraryError
+from effnn.comm.groups.lane.call import LibraryError
+from effnn.comm.groups.oneccl import thread_guard, waiting
 
 # Each needs the ones before it; loaded by absolute path, so LD_LIBRARY_PATH plays no part.
 _LIBRARIES = (
@@ -36,8 +38,11 @@ _ID_BYTES = 4096
 
 INSTALL = "pip install 'effnn[ccl]' (in this repository: make env)"
 
-TYPES = {"i8": 0, "u8": 1, "i32": 2, "i64": 4, "f16": 6, "f32": 7, "f64": 8, "bf16": 9}
-"""Name of an element type -> its number in the C API."""
+TYPES = {
+    torch.int8: 0, torch.uint8: 1, torch.int32: 2, torch.int64: 4,
+    torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9,
+}  # fmt: skip
+"""Type of the elements -> its number in the C API."""
 
 OPERATIONS = {"sum": 0, "product": 1, "max": 2, "min": 3}
 """Reduction -> its number in the C API. The library refuses averages."""
@@ -182,7 +187,7 @@ def library() -> Library:
 
 
 def _set_environment(folder: Path) -> None:
-    """What the library reads when it starts, but for how it waits (lane/waiting.py). The user's values stay."""
+    """What the library reads when it starts, but for how it waits (waiting.py). The user's values stay."""
     interface = communication_interface()
     wanted = {
         "CCL_PLUGIN": "ONECCL_LEGACY_CPU",  # the others want a SYCL device
