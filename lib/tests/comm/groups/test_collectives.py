@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 from helpers.backends import need, parameters
+from helpers.crew import ask
 from workers import collectives as workers
 
 from effnn.comm import launch
@@ -27,7 +28,7 @@ _answers = {}
 def answers(backend, size):
     """What the ranks found, one launch for all checks: a list of name -> None or traceback."""
     if (backend, size) not in _answers:
-        _answers[backend, size] = launch.run(workers.run_checks, size, backend, timeout=120, group_timeout=20, grace=25)
+        _answers[backend, size] = ask(workers.run_checks, size, backend)
     return _answers[backend, size]
 
 
@@ -83,7 +84,7 @@ def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks_at_every_bucket_size
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_random_collectives_agree_with_gloo(backend, size):
-    calls = launch.run(workers.stress, size, backend, args=(size, 50), timeout=120, group_timeout=30)
+    calls = ask(workers.stress, size, backend, size, 50)
     assert calls == [50] * size
 
 
