@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -166,12 +167,21 @@ class TestSweep:
 
     SWEEP = pruning.Sweep(rows=64, batch=16, trials=2, retrain_budgets=(0.6,), retrain_epochs=1)
 
+    TASK, CONFIG = planted_task(400), ClassifierConfig(**TINY | {"layers": 2})
+
+    @pytest.fixture(scope="class")
+    def trained_cache(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paths, "CACHE", folder)
+            train_classifier(self.TASK, self.CONFIG)
+        return folder
+
     @pytest.fixture
-    def start(self, tmp_path, monkeypatch):
+    def start(self, trained_cache, tmp_path, monkeypatch):
         monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-        task = planted_task(400)
-        config = ClassifierConfig(**TINY | {"layers": 2})
-        return task, config, train_classifier(task, config)
+        shutil.copytree(trained_cache, paths.CACHE)
+        return self.TASK, self.CONFIG, train_classifier(self.TASK, self.CONFIG)
 
     @pytest.fixture
     def reads(self, monkeypatch):
