@@ -68,11 +68,11 @@ def compare_ddp(size, bucket_sizes):
     assert [{case for case, equal in rank.items() if not equal} for rank in found] == [set()] * size
 
 
-def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_two_ranks():
+def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_two_ranks(forked):
     compare_ddp(2, BUCKETS_MB)
 
 
-def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks():
+def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks(forked):
     compare_ddp(4, BUCKETS_MB[1:2])
 
 
@@ -97,7 +97,7 @@ def test_many_random_collectives_agree_with_gloo(backend, size, seed):
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(backend):
+def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(forked, backend):
     found = launch.run(workers.disagree, 2, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=60, group_timeout=20)
     for types, sizes, names in found:
         assert "torch.float32 x 4" in types and "torch.float64 x 4" in types
@@ -106,7 +106,7 @@ def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_everything_works_while_the_ranks_compare_their_calls(backend):
+def test_everything_works_while_the_ranks_compare_their_calls(forked, backend):
     checked = launch.run(workers.run_checks, 3, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=120, group_timeout=20)
     assert [{name for name, trace in rank.items() if trace} for rank in checked] == [set()] * 3
 
