@@ -5,6 +5,7 @@ call starts new ones, so no test meets what another has broken. A test that need
 a group that nobody has used before calls `launch.run`.
 """
 
+import pickle
 import threading
 from contextlib import suppress
 from multiprocessing import connection
@@ -32,7 +33,8 @@ class Crew:
                     rank = listener.accept()
                     self._ranks[rank.recv()] = rank
             except EOFError:
-                self._end()
+                self.close()
+                raise self._failure from None
 
     def _run(self, size: int, backend: str, address: str) -> None:
         options = {"timeout": 3600, "group_timeout": GROUP_TIMEOUT, "grace": 5}
@@ -47,24 +49,21 @@ class Crew:
         """Return the ranks' results in rank order; raises what `launch.run` raises."""
         try:
             for rank in self._ranks.values():
-                rank.send((function, args))
+                rank.send_bytes(pickle.dumps((function, args)))
             left, results = dict(self._ranks), {}
             while left:
                 ready = connection.wait(left.values(), timeout)
                 if not ready:
-                    raise EOFError
+                    raise TimeoutError("the ranks did not answer in time")
                 for number in [number for number, rank in left.items() if rank in ready]:
-                    results[number] = left.pop(number).recv()
-        except (EOFError, OSError):
-            self._end()
+                    results[number] = pickle.loads(left.pop(number).recv_bytes())
+        except BaseException as failure:
+            self.close()
+            raise self._failure or failure from None
         return [results[number] for number in sorted(results)]
 
-    def _end(self) -> None:
-        """Ranks that still work when their line is cut say where they are, and end."""
-        self.close()
-        raise self._failure or TimeoutError("the ranks did not answer in time")
-
     def close(self) -> None:
+        """Cut the ranks' lines: those that wait end, and those that still work say where they are and fail."""
         for rank in self._ranks.values():
             rank.close()
         self._launch.join()

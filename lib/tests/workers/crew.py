@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import pickle
 import queue
 import threading
 from multiprocessing.connection import Client, Connection
@@ -18,14 +19,14 @@ def serve(address: str) -> None:
         function, args = call
         result = function(*args)
         working.clear()
-        line.send(result)
+        line.send_bytes(pickle.dumps(result))  # send would share a tensor's memory and not its values
 
 
 def _listen(line: Connection, calls: queue.Queue, working: threading.Event) -> None:
     """Pass calls on; where the line is cut during one, say where this rank is and end."""
     try:
         while True:
-            call = line.recv()
+            call = pickle.loads(line.recv_bytes())
             working.set()
             calls.put(call)
     except (EOFError, OSError):
