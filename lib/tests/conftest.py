@@ -11,7 +11,7 @@ import pytest
 import torch
 
 RANKS = "ranks"
-STARTS_RANKS = ("comm/", "staged/training/test_checkpoint.py")
+STARTS_RANKS = ("comm/", "experiments/backends/", "staged/training/test_checkpoint.py")
 """Tests whose ranks wait for one another with a time limit: side by side they would take the cores from each other."""
 
 
