@@ -5,6 +5,7 @@ PYTHON   ?= python3## Python 3.11 or newer, used once to make .venv
 NOTEBOOK ?=## beginning of a notebook's name (01); empty runs all
 PROFILE  ?= laptop## smoke, laptop, study, sst2, paper or gpt2-large
 ARGS     ?=## more options of effnn.reproduce (--set seed=1, --force)
+WORKERS  ?= 2## processes that `make test` runs the tests in
 KEY      ?=## part of the benchmarks (ltp, comm); empty runs all
 # On Linux the public index serves the CUDA build of torch (gigabytes), so PyTorch's own CPU index is asked as well.
 # TORCH_INDEX= (empty) gives the CUDA build.
@@ -61,10 +62,10 @@ study: env ## the deep sweeps: hours, resumable
 
 # The notebooks run on a clock that jitters by a factor of three: nothing that they check may rest on a measured time.
 test: lint ## lint, the tests, and every notebook at smoke size against its kept outputs
-	OMP_NUM_THREADS=1 $(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; \
 	then set -x; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/lib/tests/jitter" \
-	  $(RUN) pytest --nbval-lax --nbval-current-env notebooks/*.ipynb; \
+	  $(RUN) pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env notebooks/*.ipynb; \
 	else echo "no notebooks to check"; fi
 
 test-slow: env ## the long tests

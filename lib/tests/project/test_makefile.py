@@ -10,6 +10,8 @@ import pytest
 from effnn import paths
 
 TARGETS = "env reproduce study test test-slow lint lab claims report bench data clean clean-cache".split()
+TESTS = "-m pytest -n {} --dist loadgroup --no-loadscope-reorder"
+NOTEBOOKS = "-m pytest -n {} --dist loadfile --nbval-lax --nbval-current-env notebooks/01_a.ipynb"
 FILES = ("Makefile", "requirements.lock", "requirements-ccl.lock", "pyproject.toml")
 
 # Says that it is Python 3.12, "makes" a .venv whose python is itself, and notes every other call; fails on request.
@@ -46,7 +48,7 @@ def make(folder, *arguments, check=True, **environment):
     log.write_text("")
     # What an outer make has put into the environment is not meant for this one.
     clean = {name: value for name, value in os.environ.items() if not re.match("MAKE|MFLAGS", name)}
-    for name in ("NOTEBOOK", "PROFILE", "ARGS", "KEY", "TORCH_INDEX"):
+    for name in ("NOTEBOOK", "PROFILE", "ARGS", "WORKERS", "KEY", "TORCH_INDEX"):
         clean.pop(name, None)
     clean |= {"PYTHON": str(folder.parent / "python"), "STAND_IN_LOG": str(log)} | environment
     done = subprocess.run(["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True, timeout=60)
@@ -63,7 +65,7 @@ def test_make_alone_prints_every_target_and_variable_and_does_nothing(folder):
     done, calls = make(folder)
     shown = re.findall(r"^  ([A-Za-z_-]+) ", done.stdout, flags=re.MULTILINE)
     assert set(TARGETS) <= set(shown)
-    assert {"PYTHON", "NOTEBOOK", "PROFILE", "ARGS", "KEY", "TORCH_INDEX"} <= set(shown)
+    assert {"PYTHON", "NOTEBOOK", "PROFILE", "ARGS", "WORKERS", "KEY", "TORCH_INDEX"} <= set(shown)
     assert calls == []
 
 
@@ -135,12 +137,14 @@ def test_a_target_calls_its_program(folder, arguments, expected):
 
 def test_test_is_lint_then_tests_then_notebooks(folder):
     _, calls = make(folder, "test")
-    assert calls[-3:] == ["-m ruff check lib notebooks", "-m ruff format --check lib notebooks", "-m pytest"]
+    assert calls[-3:] == ["-m ruff check lib notebooks", "-m ruff format --check lib notebooks", TESTS.format(2)]
     (folder / "notebooks").mkdir()
     (folder / "notebooks/01_a.ipynb").touch()
-    assert make(folder, "test")[1][-1] == "-m pytest --nbval-lax --nbval-current-env notebooks/01_a.ipynb"
+    assert make(folder, "test")[1][-1] == NOTEBOOKS.format(2)
     done, calls = make(folder, "test", check=False, STAND_IN_FAILS="ruff check")
-    assert done.returncode != 0 and "-m pytest" not in calls
+    assert done.returncode != 0 and TESTS.format(2) not in calls
+    _, calls = make(folder, "test", "WORKERS=5")
+    assert calls[-2:] == [TESTS.format(5), NOTEBOOKS.format(5)]
 
 
 def test_clean_keeps_results_and_caches(folder):

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers.backends import need, parameters
+from helpers.crew import ask
 from workers import collectives as workers
 
 from effnn.comm import launch
@@ -24,7 +25,7 @@ _answers = {}
 def answers(backend, size):
     """What the ranks found, one launch for all checks: a list of name -> None or traceback."""
     if (backend, size) not in _answers:
-        _answers[backend, size] = launch.run(workers.run_checks, size, backend, timeout=120, group_timeout=20, grace=25)
+        _answers[backend, size] = ask(workers.run_checks, size, backend)
     return _answers[backend, size]
 
 
@@ -58,11 +59,11 @@ def compare_ddp(size, bucket_sizes):
     assert [{case for case, equal in rank.items() if not equal} for rank in found] == [set()] * size
 
 
-def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_two_ranks():
+def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_two_ranks(forked):
     compare_ddp(2, BUCKETS_MB)
 
 
-def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks():
+def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks(forked):
     compare_ddp(4, BUCKETS_MB[1:2])
 
 
@@ -74,7 +75,7 @@ def test_ddp_over_oneccl_is_bit_equal_to_gloo_on_four_ranks_at_every_bucket_size
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_random_collectives_agree_with_gloo(backend, size):
-    calls = launch.run(workers.stress, size, backend, args=(size, 50), timeout=120, group_timeout=30)
+    calls = ask(workers.stress, size, backend, size, 50)
     assert calls == [50] * size
 
 
@@ -87,7 +88,7 @@ def test_many_random_collectives_agree_with_gloo(backend, size, seed):
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(backend):
+def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(forked, backend):
     found = launch.run(workers.disagree, 2, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=60, group_timeout=20)
     for types, sizes, names in found:
         assert "torch.float32 x 4" in types and "torch.float64 x 4" in types
@@ -96,7 +97,7 @@ def test_calls_that_do_not_fit_together_are_an_error_if_asked_for(backend):
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_everything_works_while_the_ranks_compare_their_calls(backend):
+def test_everything_works_while_the_ranks_compare_their_calls(forked, backend):
     checked = launch.run(workers.run_checks, 3, backend, env={"EFFNN_COMM_CHECK": "1"}, timeout=120, group_timeout=20)
     assert [{name for name, trace in rank.items() if trace} for rank in checked] == [set()] * 3
 

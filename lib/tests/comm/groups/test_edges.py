@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from helpers.backends import need, parameters
+from helpers.crew import ask
 from workers import collectives as comm_group_workers
 from workers import edges as workers
 
@@ -30,13 +31,13 @@ def run(function, size, backend, *args, **options):
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_nan_on_any_rank_is_a_nan_on_all(backend, size):
-    compared = run(workers.reductions_of_nan, size, backend, SIZES)
+    compared = ask(workers.reductions_of_nan, size, backend, SIZES)
     assert compared == [5 * 4 * 5 * (size + 2 * 3)] * size  # calls x types x operations x (scalars + others)
 
 
 @pytest.mark.parametrize("backend", OURS)
 def test_a_nan_in_a_large_tensor_is_a_nan_on_all(backend):
-    assert min(run(workers.reductions_of_nan, 2, backend, LARGE[1:], FLOATS, ("MIN", "MAX"), (1,))) == 40
+    assert min(ask(workers.reductions_of_nan, 2, backend, LARGE[1:], FLOATS, ("MIN", "MAX"), (1,))) == 40
 
 
 @pytest.mark.slow
@@ -49,7 +50,7 @@ def test_nan_at_many_sizes(backend, size):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_the_zero_of_a_minimum_is_the_negative_one_on_all_ranks(backend):
-    first, second = run(workers.zeros_of_both_signs, 2, backend)
+    first, second = ask(workers.zeros_of_both_signs, 2, backend)
     assert first == second
     for (name, _), signs in first.items():
         assert signs == ([False, True, True, True] if name == "MIN" else [False, True, False, False])
@@ -124,17 +125,17 @@ def test_a_flat_view_shows_what_the_tensor_shows():
 
 @pytest.mark.parametrize("backend", OURS)
 def test_any_view_may_be_sent_and_most_received(backend):
-    run(workers.expanded_and_conjugated, 2, backend)
+    ask(workers.expanded_and_conjugated, 2, backend)
 
 
 @pytest.mark.parametrize("backend", OURS)
 def test_a_mistake_is_refused_and_the_group_goes_on(backend):
-    assert min(run(workers.refused, 2, backend)) > 30
+    assert min(ask(workers.refused, 2, backend)) > 30
 
 
 @pytest.mark.parametrize("backend", OURS)
 def test_a_group_that_was_left_refuses(backend):
-    run(workers.refused_after_the_end, 2, backend)
+    ask(workers.refused_after_the_end, 2, backend)
 
 
 ROUNDS = pytest.mark.parametrize("rounds", [13, pytest.param(25, marks=pytest.mark.slow)])
@@ -203,12 +204,12 @@ def test_a_message_of_more_than_two_gibibytes(backend):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_collectives_issued_while_a_sparse_sum_runs(backend):
-    run(workers.collectives_after_a_sparse_sum, 3, backend, 15)
+    ask(workers.collectives_after_a_sparse_sum, 3, backend, 15)
 
 
 @pytest.mark.parametrize("backend", OURS)
 def test_a_monitored_barrier_names_who_did_not_come(backend):
-    said = run(workers.a_barrier_that_names_the_missing, 3, backend)
+    said = ask(workers.a_barrier_that_names_the_missing, 3, backend)
     assert said[2] is None
     assert all("timed out in monitoredBarrier: rank" in one and " 2 did not come" in one for one in said[:2])
 

@@ -5,9 +5,8 @@ from functools import cache
 import pytest
 import torch
 from helpers.backends import parameters
+from helpers.crew import ask
 from workers import parity as workers
-
-from effnn.comm import launch
 
 OURS = parameters(("ccl", "mpi4py"))
 
@@ -15,7 +14,7 @@ OURS = parameters(("ccl", "mpi4py"))
 @cache
 def answers(backend, size):
     """What every rank got for every call: one launch a backend."""
-    return launch.run(workers.run_calls, size, backend, timeout=200, group_timeout=30, grace=35)
+    return ask(workers.run_calls, size, backend, timeout=200)
 
 
 def expect_same(ours, theirs):

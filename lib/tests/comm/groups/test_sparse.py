@@ -3,9 +3,8 @@
 import pytest
 import torch
 from helpers.backends import parameters
+from helpers.crew import ask
 from workers import units as workers
-
-from effnn.comm import launch
 
 BACKENDS = pytest.mark.parametrize("backend", parameters(("gloo", "ccl", "mpi4py")))
 SIZE = 3
@@ -14,7 +13,7 @@ _totals = {}
 
 def totals(backend):
     if backend not in _totals:
-        _totals[backend] = launch.run(workers.sparse_sums, SIZE, backend, timeout=60, group_timeout=20)
+        _totals[backend] = ask(workers.sparse_sums, SIZE, backend)
     return _totals[backend]
 
 

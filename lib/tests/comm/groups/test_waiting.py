@@ -149,7 +149,7 @@ def two_cores():
 
 
 @pytest.mark.parametrize(("size", "user", "workers_of_library"), [(2, {}, 0), (3, {}, 1), (4, {}, 1)])
-def test_the_library_has_a_worker_where_ranks_share_cores(two_cores, size, user, workers_of_library):
+def test_the_library_has_a_worker_where_ranks_share_cores(two_cores, forked, size, user, workers_of_library):
     found = launch.run(workers.threads_of_the_library, size, "gloo", env=user, timeout=100)
     cores = os.sched_getaffinity(0)
     for tied_to, environment in found:
@@ -158,12 +158,12 @@ def test_the_library_has_a_worker_where_ranks_share_cores(two_cores, size, user,
     assert len({core for tied_to, _ in found for core in tied_to}) == (2 if workers_of_library else 0)
 
 
-def test_a_user_who_wants_active_waiting_in_a_crowd_gets_it(two_cores):
+def test_a_user_who_wants_active_waiting_in_a_crowd_gets_it(two_cores, forked):
     found = launch.run(workers.threads_of_the_library, 3, "gloo", env={"CCL_WORKER_OFFLOAD": "0"}, timeout=100)
     assert [tied_to for tied_to, _ in found] == [[]] * 3
 
 
-def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cores):
+def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cores, forked):
     """Each rank waits in its own way; the answers are those of ranks that all wait actively."""
     active = launch.run(workers.answers, 3, "gloo", args=((),), timeout=100)
     for sleepers in ((0,), (1, 2), (0, 1, 2)):
@@ -171,7 +171,7 @@ def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cor
     assert all(answer == active[0] for answer in active)
 
 
-def test_a_process_asleep_costs_little(two_cores):
+def test_a_process_asleep_costs_little(two_cores, forked):
     """A worker without calls waits for the next one: it neither spins nor wakes up all the time."""
     for seconds, busy in launch.run(workers.cpu_time_while_idle, 3, "ccl", timeout=100):
         assert busy < seconds / 2, (seconds, busy)

@@ -124,13 +124,10 @@ def test_a_damaged_epoch_is_not_used(tmp_path, monkeypatch):
     assert _equal(_weights(train_classifier(planted_task(60), ClassifierConfig(**TINY))), _weights(whole))
 
 
-def test_processes_train_what_is_missing():
+def test_processes_train_what_is_missing(monkeypatch):
     configs = [ClassifierConfig(**(TINY | {"epochs": 1}), seed=seed) for seed in (0, 1)]
-    os.environ["EFFNN_CACHE"] = str(paths.CACHE)  # the workers read the environment, not this test's patch
-    try:
-        found = classifier.train_classifiers(planted_task(60), configs, workers=2)
-    finally:
-        del os.environ["EFFNN_CACHE"]
+    monkeypatch.setenv("EFFNN_CACHE", str(paths.CACHE))  # the workers read the environment, not this test's patch
+    found = classifier.train_classifiers(planted_task(60), configs, workers=2)
     assert [one.config.seed for one in found] == [0, 1]
     assert not _equal(_weights(found[0]), _weights(found[1]))
 
