@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.calibration.held_out import LayerInput
-from effnn.ltp.pruning.layer import SlicedLayer
 from effnn.ltp.pruning.least_squares import NormalEquations, Sums
 from effnn.ltp.pruning.masks import Masks, Shape
+from effnn.ltp.pruning.sliced_layer import SlicedLayer
 
 MAX_SCALE = 10.0
 """A solution with a scale outside [-10, 10] is not accepted (the paper's bound)."""

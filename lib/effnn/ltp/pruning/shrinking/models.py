@@ -8,8 +8,10 @@ lives, and pickles name the stock classes, which every process can import. How a
 model becomes one of these in shrink.py.
 """
 
-import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -17,10 +19,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, temporary_folder
 from effnn.ltp.pruning.adapters import PRUNED_PREFIX, Adapter, adapter_for_type
 from effnn.ltp.pruning.shrinking.cut import cut
-from effnn.ltp.pruning.shrinking.folder import CONFIG, whole_folder
 from effnn.ltp.pruning.shrinking.registering import (
     auto_class,
     check_kinds,
@@ -28,6 +29,9 @@ from effnn.ltp.pruning.shrinking.registering import (
     check_told_apart,
     same_definition,
 )
+
+CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 _FAMILIES = {
     "Bert": "text",
@@ -99,6 +103,31 @@ class PrunedMixin:
         if "dense_class" not in vars(type(self)):  # a subclass of the user's
             return super().__reduce_ex__(protocol)
         return _blank_model, (self.dense_class, self.config_class.dense_class), self.__dict__
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder; on success its files replace those of the same name in `target`, on an error none do.
+
+    They are moved one by one, and what else lies in `target` stays. `config.json`, without which nothing loads, goes
+    first from the old content and comes last in the new one, so a killed process leaves no folder that seems whole.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InvalidInput(f"{target} is a file; expected a folder to save the model in")
+    target.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
+        yield temporary
+        names = sorted((path.name for path in temporary.iterdir()), key=lambda name: (name == CONFIG, name))
+        if CONFIG in names:
+            (target / CONFIG).unlink(missing_ok=True)
+        # a loader prefers one weight file to several: those of an earlier save must not outlive it
+        if any(name.endswith(".safetensors") for name in names):
+            for old in target.iterdir():
+                if _WEIGHTS.fullmatch(old.name):
+                    old.unlink()
+        for name in names:
+            os.replace(temporary / name, target / name)
 
 
 def _blank_config(dense_config: type[PreTrainedConfig]) -> PreTrainedConfig:
@@ -189,6 +218,15 @@ def register_pruned(
     return [_PRUNED[model_class, config_class] for model_class in model_classes]
 
 
+def registered(model_type: str, name: str) -> type[PreTrainedModel] | None:
+    """The pruned class of this model type that has this name, or whose stock class has it; the latest of several."""
+    alike = [known for known in reversed(_PRUNED.values()) if known.config_class.model_type == model_type]
+    # the encoder inside a model with a head is of the stock class, and says so when it is saved alone
+    ranked = [known for known in alike if known.__name__ == name]
+    ranked += [known for known in alike if known.dense_class.__name__ == name]
+    return ranked[0] if ranked else None
+
+
 def _pruned_config(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The pruned configuration class of `config_class`, made and registered at the first call."""
     if config_class not in _CONFIGS:
@@ -228,49 +266,6 @@ def _check_classes(config_class: type[PreTrainedConfig], model_classes: Sequence
     models = [*model_classes, *(other for other, of in _PRUNED if of is config_class)]
     pairs += [(each, other) for each in model_classes for other in models if each.__name__ == other.__name__]
     check_told_apart(pairs)
-
-
-def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
-    """The pruned model saved in `folder`, in eval mode, with the class it was saved from.
-
-    options go to `from_pretrained` (dtype, device_map, attn_implementation, ...). InvalidInput if the folder holds
-    another kind of model, or is half written.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise InvalidInput(
-            f"{folder} holds no {CONFIG}: expected the folder of a saved pruned model (or it is half written)"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type, names = str(config.get("model_type")), config.get("architectures") or [""]
-    except (ValueError, AttributeError) as error:
-        raise InvalidInput(f"{path} cannot be read as a model configuration ({error}); save the model again") from error
-    if not model_type.startswith(PRUNED_PREFIX):
-        raise InvalidInput(
-            f"{folder} holds a model of type {model_type!r}, not a pruned one ({PRUNED_PREFIX}...). "
-            "Load it with transformers; effnn.ltp.shrink(model, masks) makes a pruned model"
-        )
-    alike = [known for known in reversed(_PRUNED.values()) if known.config_class.model_type == model_type]
-    # the encoder inside a model with a head is of the stock class, and says so when it is saved alone
-    ranked = [known for known in alike if known.__name__ == names[0]]
-    ranked += [known for known in alike if known.dense_class.__name__ == names[0]]
-    if not ranked:
-        raise InvalidInput(
-            f"{folder} holds a {names[0]} ({model_type}), which is not registered: see effnn.ltp.register_pruned"
-        )
-    try:
-        model, info = ranked[0].from_pretrained(folder, output_loading_info=True, **options)
-    except InvalidInput:
-        raise
-    except Exception as error:  # safetensors, OSError, RuntimeError: all mean that the files do not fit together
-        raise InvalidInput(
-            f"the weights in {folder} are missing, damaged or do not fit its {CONFIG}: {error}"
-        ) from error
-    wrong = {kind: sorted(keys) for kind, keys in info.items() if keys and kind in ("missing_keys", "unexpected_keys")}
-    if wrong:
-        raise InvalidInput(f"the weights in {folder} do not fit its {CONFIG}: {wrong}")
-    return model
 
 
 def _rename_weights_alike(stock: str, pruned: str) -> None:

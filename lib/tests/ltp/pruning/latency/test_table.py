@@ -17,8 +17,9 @@ from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.latency import blocks as latency_blocks
 from effnn.ltp.pruning.latency import knapsack
 from effnn.ltp.pruning.latency.knapsack import best_choice
+from effnn.ltp.pruning.latency.measure import compare_latency, measure_latency
 from effnn.ltp.pruning.latency.piecewise import Piecewise, PiecewiseSearch, fit_piecewise
-from effnn.ltp.pruning.latency.search import Latency, LatencyTable, compare_latency, measure_latency, search_latency
+from effnn.ltp.pruning.latency.search import Latency, LatencyTable, search_latency
 from effnn.ltp.pruning.latency.table import isotonic
 from effnn.ltp.pruning.masks import Masks, Shape
 from effnn.ltp.pruning.shrinking.shrink import shrink

@@ -25,7 +25,8 @@ from effnn.base import InvalidInput
 from effnn.ltp.pruning import adapters
 from effnn.ltp.pruning.adapters import BertAdapter, adapter_for, register_adapter
 from effnn.ltp.pruning.shrinking import models as pruned_models
-from effnn.ltp.pruning.shrinking.models import PrunedBertForSequenceClassification, load_pruned, register_pruned
+from effnn.ltp.pruning.shrinking.models import PrunedBertForSequenceClassification, register_pruned
+from effnn.ltp.pruning.shrinking.saving import load_pruned
 from effnn.ltp.pruning.shrinking.shrink import pad, shrink
 
 MODULE = """

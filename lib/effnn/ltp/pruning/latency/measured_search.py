@@ -33,7 +33,7 @@ LARGEST_CORRECTION = 0.8
 
 
 @dataclass(frozen=True)
-class Attempt:
+class SearchAttempt:
     """Shares of the dense latency: what was planned for, what the table predicted, and what was measured in turn."""
 
     planned: float
@@ -42,7 +42,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchResult:
     """masks: binary. target: with the ratio that was planned for in the end. attempts: empty without corrections.
 
     A target in MACs is exact and has no attempts.
@@ -50,17 +50,17 @@ class Plan:
 
     masks: Masks
     target: Macs | Latency
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[SearchAttempt, ...]
 
 
-def plan_latency(
+def search_measured(
     model: PreTrainedModel,
     head_importance: Tensor,
     filter_importance: Tensor,
     table: LatencyTable,
     target: Latency,
     round_to: int = 1,
-) -> Plan:
+) -> SearchResult:
     """Masks of the greatest importance (`search_latency`) of which the assembled model keeps the budget when measured.
 
     Corrects `target.corrections` times at most; if no attempt keeps the budget, the nearest one is taken, with a
@@ -69,10 +69,10 @@ def plan_latency(
     """
     planned = target
     masks = search_latency(head_importance, filter_importance, table, planned, round_to)
-    tried: list[tuple[Attempt, Masks, Latency]] = []
+    tried: list[tuple[SearchAttempt, Masks, Latency]] = []
     while target.corrections > 0:
         predicted = table.predict(masks) / table.dense_prediction(len(masks.heads))
-        attempt = Attempt(planned.ratio, predicted, measured_ratio(measure_pair(model, masks, target)))
+        attempt = SearchAttempt(planned.ratio, predicted, measured_ratio(measure_pair(model, masks, target)))
         tried.append((attempt, masks, planned))
         if attempt.measured <= (1 + TOLERANCE) * target.ratio or len(tried) > target.corrections:
             break
@@ -82,7 +82,7 @@ def plan_latency(
         except InvalidInput:  # by the table nothing is faster
             break
     if not tried:
-        return Plan(masks, planned, ())
+        return SearchResult(masks, planned, ())
     # the last one is within the budget, or none is
     attempt, masks, planned = min(tried, key=lambda one: one[0].measured)
     if attempt.measured > (1 + TOLERANCE) * target.ratio:
@@ -92,7 +92,7 @@ def plan_latency(
             target.ratio,
             len(tried),
         )
-    return Plan(masks, planned, tuple(one for one, _, _ in tried))
+    return SearchResult(masks, planned, tuple(one for one, _, _ in tried))
 
 
 def measure_pair(model: PreTrainedModel, masks: Masks, target: Latency) -> dict[str, Timing]:
