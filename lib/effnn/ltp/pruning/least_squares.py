@@ -1,4 +1,4 @@
-"""Least squares for mask scales without the design matrix (ltp.md A.6; Kwon et al. 2022, section 4.3).
+"""Least squares for mask scales without the design matrix (Kwon et al. 2022, section 4.3).
 
 Column i of the design matrix A is what unit i adds to the output projection, C_i W_i, flattened over (token, d): as
 tall as tokens times hidden size. It is never made. With C (T, n) the projection's input, W (n, d) its transposed weight

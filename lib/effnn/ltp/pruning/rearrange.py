@@ -1,4 +1,4 @@
-"""Mask rearrangement: better sets of the same size, by the block-diagonal Fisher (ltp.md A.5; Kwon et al. 2022, 4.2).
+"""Mask rearrangement: better sets of the same size, by the block-diagonal Fisher (Kwon et al. 2022, section 4.2).
 
 For the pruned set P of a layer the loss rises by about Q(P) = p^T G p, G = g^T g over the mini-batch gradients g.
 Warm start: the cheapest units by G's diagonal. Then every kept unit, cheapest first, is tried in P, and the member

@@ -1,4 +1,4 @@
-"""Mask tuning: real-valued scales for the kept heads and filters, layer by layer (ltp.md A.6; Kwon et al. 2022, 4.3).
+"""Mask tuning: real-valued scales for the kept heads and filters, layer by layer (Kwon et al. 2022, section 4.3).
 
 The teacher is the same weights under the masks searched at the square root of the budget. Going through the layers, the
 scales of the student's kept heads, then of its kept filters, are solved so that each output projection reproduces the

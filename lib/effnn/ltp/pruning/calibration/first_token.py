@@ -1,4 +1,4 @@
-"""Running the last layer for position 0 alone, where nothing else of it is read (ltp.md A.2).
+"""Running the last layer for position 0 alone, where nothing else of it is read.
 
 The head of a classifier takes position 0 of the last hidden states. Behind the attention core of the last layer the
 other positions then lead nowhere: their gradient is zero, so the calibration pass leaves them out, forward and
@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from effnn.base import hooked
 from effnn.ltp.pruning.adapters import Adapter
 
 
@@ -33,17 +35,17 @@ def first_token_only(adapter: Adapter, layer: nn.Module) -> Iterator[None]:
     def first_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output[:, :1]
 
-    handles = [parts.out.register_forward_pre_hook(first_input)]
     norm = parts.norm_after_attention or parts.norm_before_ffn
-    if norm is None:
-        handles.append(parts.fc1.register_forward_pre_hook(first_input))
-    else:
-        handles.append(norm.register_forward_hook(first_output))
-    try:
+
+    def set_hooks() -> Iterator[RemovableHandle]:
+        yield parts.out.register_forward_pre_hook(first_input)
+        if norm is None:
+            yield parts.fc1.register_forward_pre_hook(first_input)
+        else:
+            yield norm.register_forward_hook(first_output)
+
+    with hooked(set_hooks()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

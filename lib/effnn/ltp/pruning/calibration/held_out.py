@@ -1,4 +1,4 @@
-"""Which calibration rows are held out: kept from tuning and used to judge it (ltp.md A.6, [design]).
+"""Which calibration rows are held out: kept from tuning and used to judge it.
 
 Held-out rows stand at the end of a batch, so that one forward pass serves fitted and held-out rows alike. Where the
 sequences that the encoder sees are not the rows of the batch (a loss of one's own that joins two inputs into one call),

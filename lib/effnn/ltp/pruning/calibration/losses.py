@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, hooked
 from effnn.ltp.pruning.calibration.batches import LABELS, entries, main_input
 
 IGNORED = -100
@@ -38,11 +38,8 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
     """
     if loss is not None:
         ran = []
-        handle = model.base_model.register_forward_pre_hook(lambda *_: ran.append(True))
-        try:
+        with hooked([model.base_model.register_forward_pre_hook(lambda *_: ran.append(True))]):
             value = loss(model, batch)
-        finally:
-            handle.remove()
         if not ran:
             raise InvalidInput(
                 f"loss(model, batch) did not run the model that it was given, {type(model).__name__}: it must call its "

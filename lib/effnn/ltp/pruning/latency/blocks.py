@@ -1,4 +1,4 @@
-"""Latency of an encoder's attention and FFN blocks at reduced widths (ltp.md A.4).
+"""Latency of an encoder's attention and FFN blocks at reduced widths.
 
 How it is measured. Each pass is one forward of a whole model of the user's own class: as many layers as the model has,
 each cut to some number of heads and of filters. A mark in time is taken when a layer begins, when its attention block
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from effnn.base import evaluating
 from effnn.ltp.pruning.adapters import Adapter, adapter_for
-from effnn.ltp.pruning.latency.measure import evaluating, random_inputs
+from effnn.ltp.pruning.latency.measure import random_inputs
 from effnn.ltp.pruning.masks import Shape
 from effnn.ltp.pruning.shrinking.cut import cut
 
@@ -67,9 +68,14 @@ class PassTimes:
 def measure_blocks(
     model: PreTrainedModel, batch: int, seq_len: int, grid: int, repeats: int, progress: bool = True
 ) -> BlockTimes:
-    """Time the attention block for every number of heads and the FFN block for the numbers of `measured_filters`.
+    """Median ms of the attention block by its heads, and of the FFN block by its filters.
 
-    The model stays as it is; it is timed on the device and in the dtype it has, in evaluation mode.
+    model: stays as it is; it is timed on the device and in the dtype it has, in evaluation mode.
+    batch: rows of an input.
+    seq_len: tokens per row.
+    grid: FFN blocks are timed at its multiples and at some numbers between (`measured_filters`).
+    repeats: rounds that count; one more warms up.
+    progress: whether to show a progress bar.
     """
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)

@@ -1,4 +1,4 @@
-"""Cutting the layers of a freshly built encoder to kept heads and filters: sizes only, values come later (ltp.md A.10).
+"""Cutting the layers of a freshly built encoder to kept heads and filters: sizes only, values come later.
 
 Attention cores infer their number of heads from the width of the projections, so smaller linear maps are enough, except
 where no head is left: there the core is told to compute nothing, which is faster, and empty attention is more than some

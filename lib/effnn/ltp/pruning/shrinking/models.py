@@ -1,4 +1,4 @@
-"""Pruned encoders as transformers models: stock classes whose layers differ in heads and filters (ltp.md A.10).
+"""Pruned encoders as transformers models: stock classes whose layers differ in heads and filters.
 
 Each stock class gets a subclass with "Pruned" before its name (PrunedBertForSequenceClassification, ...) and each
 configuration one that holds which heads and filters of the dense model were kept. The sizes are read from it when the
