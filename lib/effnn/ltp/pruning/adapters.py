@@ -25,13 +25,24 @@ PRUNED_PREFIX = "effnn_pruned_"
 class LayerParts:
     """One encoder layer taken apart. d: hidden size, H: heads, d_h: head size, F: FFN width.
 
-    query, key, value: Linear(d, H * d_h); out: Linear(H * d_h, d); fc1: Linear(d, F); fc2: Linear(F, d).
-    A normalisation that the family does not have is None and means the identity:
+    query: Linear(d, H * d_h).
+    key: likewise.
+    value: likewise.
+    out: Linear(H * d_h, d).
+    fc1: Linear(d, F).
+    fc2: Linear(F, d).
+    activation: between fc1 and fc2.
+    head_size: d_h.
+    norm_before_attention: this and the following three are None where the family has none, which means the identity:
 
         a    = x + out(attention(norm_before_attention(x)))       the attention block's residual sum
         mid  = norm_after_attention(a)
         f    = mid + fc2(activation(fc1(norm_before_ffn(mid))))   the FFN block's residual sum
         next = norm_after_ffn(f)
+
+    norm_after_attention: see above.
+    norm_before_ffn: see above.
+    norm_after_ffn: see above.
     """
 
     query: nn.Linear
@@ -49,7 +60,7 @@ class LayerParts:
 
 
 class Adapter(Protocol):
-    """What a family has to say of itself."""
+    """What pruning has to know about a family."""
 
     name: str
     model_types: tuple[str, ...]

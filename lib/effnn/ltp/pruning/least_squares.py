@@ -6,8 +6,8 @@ and R (T, d) the target, the normal equations follow from two small products:
 
     A^T A = (C^T C) o (W W^T),   A^T b = rowsum((C^T R) o W),   each summed over a unit's d_h columns.
 
-The products of a mini-batch are float32, sums and solves float64. A second set of sums, from held-out rows, says what a
-solution is worth on rows that it was not fitted to.
+The products of a mini-batch are float32, sums and solves float64. A second set of sums, from held-out rows, gives the
+error of a solution on rows that it was not fitted to.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """matrix = A^T A, rhs = A^T b, target_square = b^T b, in float64; the first `units` unknowns are scales."""
+    """The normal equations of one output projection, in float64.
+
+    matrix: A^T A; the first `units` unknowns are scales, the last may be an intercept.
+    rhs: A^T b.
+    target_square: b^T b.
+    units: number of scales.
+    tokens: that the sums are over.
+    """
 
     matrix: Tensor
     rhs: Tensor
@@ -77,7 +84,7 @@ class NormalEquations:
         return cls(matrix, rhs, sums.target_square, units, sums.tokens)
 
     def error(self, scale: Tensor) -> float:
-        """Mean squared reconstruction error a token with these scales (units,) and no intercept."""
+        """Mean squared reconstruction error per token with these scales (units,) and no intercept."""
         scale = scale.double()
         matrix, rhs = self.matrix[: self.units, : self.units], self.rhs[: self.units]
         return float(scale @ matrix @ scale - 2 * scale @ rhs + self.target_square) / max(self.tokens, 1)

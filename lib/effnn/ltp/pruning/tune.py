@@ -4,14 +4,14 @@ The teacher is the same weights under the masks searched at the square root of t
 scales of the student's kept heads, then of its kept filters, are solved so that each output projection reproduces the
 teacher's residual sum on the calibration tokens; the student's inputs come from its own layers as tuned so far.
 
-Numbered as in the text of one layer:
+The steps of one layer:
   1. the teacher runs its layer once and gives both targets; the student's attention contexts give the first equations;
   2. head scales are solved, accepted or left at one; the student's FFN inputs and activations give the second ones;
   3. filter scales likewise; the student moves on to the next layer.
 Only the hidden states that enter one layer are kept for all rows, of teacher and student. A solution is accepted if its
 scales are within bounds and the reconstruction error falls on held-out rows; a layer that fails is left as it was and
-tuning goes on. (The paper's code stops at the first failure and tests on no unseen rows.) Where nothing but position 0
-of the last layer reaches the loss, as in a classifier, only it is reconstructed there.
+tuning goes on. (The paper's code stops at the first failure and tests on no held-out rows.) Where only position 0 of
+the last layer reaches the loss, as in a classifier, only that is reconstructed there.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,16 @@ MAX_SCALE = 10.0
 
 @dataclass(frozen=True)
 class LayerTuning:
-    """What became of the scales of one layer and kind ("heads" or "filters").
+    """The scales of the heads or of the filters of one layer: whether they are used, and what they are worth.
 
-    error_before, error_after: squared reconstruction error a token, scales at one and as solved, on held-out rows (on
-    the fitted rows where none are held out). reason: why it was not accepted, "" if it was.
+    layer: its index.
+    kind: "heads" or "filters".
+    kept: number of scales.
+    accepted: whether the solved scales are used; otherwise they stay at one.
+    reason: why they were not accepted, "" if they were.
+    error_before: squared reconstruction error per token with scales at one, on held-out rows (on the fitted rows where
+        none are held out).
+    error_after: the same with the solved scales.
     """
 
     layer: int
@@ -67,11 +73,17 @@ def tune_masks(
 ) -> tuple[Masks, list[LayerTuning]]:
     """Masks of the same structure with tuned scales, and what was done layer by layer.
 
-    inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
-    at the square root of the budget. max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations
-    from 2 to 3, up to this size in all; others are computed twice. offload: hidden states of teacher and student wait
-    on the CPU in this dtype while other rows are worked on (float32: nothing is lost; bfloat16: half the memory).
-    on_step is called after each half of a layer.
+    model: the dense one, stays as it is.
+    inputs: what enters the first layer, from `calibrate`; the list is emptied.
+    masks: the student's, binary.
+    teacher: masks at the square root of the budget.
+    solver: "ridge" or "lsmr", see `NormalEquations.solve`.
+    autocast: torch.bfloat16 runs the layers in it.
+    max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations from 2 to 3, up to this size in all;
+        others are computed twice.
+    offload: hidden states of teacher and student wait on the CPU in this dtype while other rows are worked on (float32:
+        nothing is lost; bfloat16: half the memory).
+    on_step: called twice per layer, after its heads and after its filters.
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")

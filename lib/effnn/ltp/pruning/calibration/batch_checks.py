@@ -80,7 +80,7 @@ def check_batch(
             found = batch.get(wanted)
             what = f"{wanted} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"only {sorted(batch)}"
             raise InvalidInput(
-                f"{where} holds {what}: expected {wanted} with one item a row, a first dimension of rows "
+                f"{where} holds {what}: expected {wanted} with one item per row, a first dimension of rows "
                 "(a DataLoader with a batch_size makes it from single rows)"
             )
         if labels == "data" and not has_labels(model, batch):
@@ -175,7 +175,7 @@ def _check_labels(model: PreTrainedModel, batch: Mapping, where: str) -> None:
     tokens = main_input(batch).shape[:2]
     if chooses_by_token and found.shape != tokens:
         raise InvalidInput(
-            f"labels of {where} are of shape {tuple(found.shape)}: {head} expects one a token, {tuple(tokens)} (-100 "
+            f"labels of {where} are of shape {tuple(found.shape)}: {head} expects one per token, {tuple(tokens)} (-100 "
             "for tokens without a label)"
         )
     if found.dtype != torch.long:

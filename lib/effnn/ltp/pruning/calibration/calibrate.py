@@ -137,7 +137,7 @@ def calibrate(
                 else:
                     value = mean_loss(model, batch, loss, where)
             collected.check(value, where)
-            value.backward(inputs=[anchor])  # weights of the caller's own, outside the model, collect nothing
+            value.backward(inputs=[anchor])  # weights outside the model, in the caller's loss, get no gradient
             head_rows, filter_rows = collected.gradients(batch, counts if fisher == "sample" else None)
             alone = collected.first_only and collected.heads[-1] is not None
             if alone and head_reads_first and not losses:
@@ -162,7 +162,7 @@ def calibrate(
                 release_free_memory()  # so that the peak stays that of one mini-batch
             on_batch()
     if not losses:
-        raise InvalidInput("no calibration batch has a label that counts: all of them are to be ignored (-100)")
+        raise InvalidInput("no calibration batch has a label that counts: all of them are ignored (-100)")
     inputs, held_out = kept.result()
     result = Calibration(
         head_gradients=torch.cat(heads),

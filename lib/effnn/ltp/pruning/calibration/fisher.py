@@ -140,7 +140,7 @@ def _summed_products(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _add_at(values: list[Tensor | None], place: int, value: Tensor) -> None:
-    """Add up: an FFN run in chunks of the sequence passes a probe once a chunk, a model called twice once a call.
+    """Add up: an FFN run in chunks of the sequence passes a probe once per chunk, a model called twice once per call.
 
     Calls of different numbers of sequences have their sum in common only.
     """
@@ -182,7 +182,7 @@ def probes(model: PreTrainedModel, adapter: Adapter, collected: Collected) -> It
         collected.enter(states, mask)
 
     def keep_first_state(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # a family of one's own may put out a tuple; its layers are run again for the held-out loss
+        # the layers of a family of your own may return a tuple; they are run again for the held-out loss
         collected.first_state = output[:, :1].detach() if isinstance(output, Tensor) else None
 
     def set_hooks() -> Iterator[RemovableHandle]:

@@ -1,14 +1,14 @@
-"""The loss that pruning follows: the model's own, or one that the caller brings; and how many labels it is a mean over.
+"""The loss that pruning follows: the model's own, or one that the caller passes; and the labels it is a mean over.
 
 A loss is a mean over labels. What a batch weighs in a mean over batches is therefore its number of labels, not of rows:
 
-- integer labels other than -100 count, one or several a row (classification: one; token classification and masked
+- integer labels other than -100 count, one or several per row (classification: one; token classification and masked
   language models: the labelled tokens; multiple choice: one);
 - of an answer span, the row counts if start and end lie within the window;
 - float labels (regression, several labels at once), and rows of a batch without known labels, count one each.
 
 A row without any label weighs nothing, and a batch without any is left out. The rule is the same for the model's own
-loss and for a loss of one's own, so that `loss=lambda model, batch: model(**batch).loss` changes nothing.
+loss and for a loss of your own, so that `loss=lambda model, batch: model(**batch).loss` changes nothing.
 """
 
 import math
@@ -53,7 +53,7 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
             )
             raise InvalidInput(
                 f"loss(model, batch) returned {found}: expected the mean loss of the batch, a float tensor of one "
-                "element (return output.loss of a model output, losses.mean() of losses a row)"
+                "element (return output.loss of a model output, losses.mean() of losses per row)"
             )
         return value.reshape(()).float()
     # a configuration may ask for tuples, which do not say which of their items is the loss
@@ -74,7 +74,7 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
 
 
 def missing_labels(model: PreTrainedModel, batch: Mapping) -> str:
-    """What to say of a batch from which the model makes no loss."""
+    """The message for a batch from which the model makes no loss."""
     return (
         f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): "
         'expected "labels" for classification or "start_positions" and "end_positions" for question answering. '

@@ -1,7 +1,7 @@
 """Latency of an encoder's attention and FFN blocks at reduced widths.
 
 How it is measured. Each pass is one forward of a whole model of the user's own class: as many layers as the model has,
-each cut to some number of heads and of filters. A mark in time is taken when a layer begins, when its attention block
+each cut to some number of heads and of filters. The time is read when a layer begins, when its attention block
 ends (after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends;
 what is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
 
@@ -13,7 +13,8 @@ heads or filters runs what is left of it: a bias, the residual sum, the normalis
 A noisy machine. Every round draws new passes, so that a width meets other partners and positions, takes every width at
 least once, and runs the dense model in turn with them. Times count as shares of the dense model's in the same round, so
 that drift hits all alike; medians over the rounds ignore what happens once. The dense runs give the full widths, too,
-so that the table's dense model is the one that ratios refer to. Nothing is asked of the clock but numbers.
+so that the table's dense model is the one that ratios refer to. Nothing here relies on
+times that rise or are positive.
 """
 
 import copy
@@ -35,7 +36,7 @@ from effnn.ltp.pruning.latency.measure import random_inputs
 from effnn.ltp.pruning.masks import Shape
 from effnn.ltp.pruning.shrinking.cut import cut
 
-PASSES_A_DENSE_RUN = 3
+PASSES_PER_DENSE_RUN = 3
 """Passes of cut models between two runs of the dense one; each round has two dense runs at least."""
 
 BETWEEN = 12
@@ -82,7 +83,7 @@ def measure_blocks(
     heads = list(range(shape.heads + 1))
     filters = measured_filters(shape.filters, grid)
     passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
-    dense_runs = max(2, math.ceil(passes / PASSES_A_DENSE_RUN))
+    dense_runs = max(2, math.ceil(passes / PASSES_PER_DENSE_RUN))
     full = [shape.heads] * shape.layers, [shape.filters] * shape.layers
     shares = _Shares(heads, filters)
     order = random.Random(0)
@@ -121,8 +122,8 @@ def measure_blocks(
 def measured_filters(most: int, grid: int) -> list[int]:
     """0, the multiples of `grid`, `most`; and 1, `most` - 1 and some odd numbers half-way between multiples.
 
-    Matrix products are tiled: a width that is no multiple of a vector or a tile takes a good deal longer than one that
-    is. A straight line from multiple to multiple would know nothing of that, and most numbers are no multiples.
+    Matrix products are tiled: a width that is no multiple of a vector or a tile takes much longer than one that
+    is. A straight line from multiple to multiple would miss that for most numbers.
     """
     multiples = list(range(grid, most, grid))
     step = max(1, len(multiples) // BETWEEN)

@@ -25,8 +25,8 @@ from effnn.ltp.pruning.shrinking.cut import cut
 from effnn.ltp.pruning.shrinking.registering import (
     auto_class,
     check_kinds,
+    check_names,
     check_takes,
-    check_told_apart,
     same_definition,
 )
 
@@ -183,14 +183,14 @@ def register_pruned(
 ) -> list[type[PreTrainedModel]]:
     """Make pruned classes of stock classes and register them with the Auto classes; returns them.
 
-    For one more class of a known family, or for a family of one's own beside `register_adapter`. It adds and never
+    For one more class of a known family, or for a family of your own beside `register_adapter`. It adds and never
     replaces; what is registered already is returned as it is. A model class is registered with the Auto class of its
     ending (Model, ForSequenceClassification, ...); where several share one, Auto takes the class that the folder names,
     else the first. One without such an ending loads through `load_pruned` only. Call it in every process that loads
     such a model. A class that is defined anew, as in a notebook cell run twice, takes its own place.
 
     A configuration class with the model type of another one gets its own name added to the type of its pruned models.
-    InvalidInput if the classes do not belong together, or cannot be told by name from others in a saved folder.
+    InvalidInput if the classes do not belong together, or have the name of others that a saved folder may mean.
     """
     _check_classes(config_class, model_classes)
     config = _pruned_config(config_class)
@@ -265,7 +265,7 @@ def _check_classes(config_class: type[PreTrainedConfig], model_classes: Sequence
     pairs = [(config_class, other) for other in _CONFIGS if _pruned_type(other) == _pruned_type(config_class)]
     models = [*model_classes, *(other for other, of in _PRUNED if of is config_class)]
     pairs += [(each, other) for each in model_classes for other in models if each.__name__ == other.__name__]
-    check_told_apart(pairs)
+    check_names(pairs)
 
 
 def _rename_weights_alike(stock: str, pruned: str) -> None:

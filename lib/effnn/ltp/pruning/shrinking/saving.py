@@ -32,7 +32,7 @@ def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type, names = str(config.get("model_type")), config.get("architectures") or [""]
     except (ValueError, AttributeError) as error:
-        raise InvalidInput(f"{path} cannot be read as a model configuration ({error}); save the model again") from error
+        raise InvalidInput(f"{path} is not a model configuration ({error}); save the model again") from error
     if not model_type.startswith(PRUNED_PREFIX):
         raise InvalidInput(
             f"{folder} holds a model of type {model_type!r}, not a pruned one ({PRUNED_PREFIX}...). "

@@ -147,7 +147,7 @@ def test_the_dense_model_takes_turns_with_all_widths(monkeypatch):
         widths = ran[start : start + a_round]
         places = [place for place, width in enumerate(widths) if width == full]
         assert places[0] == 0 and len(places) >= 3
-        assert max(b - a for a, b in itertools.pairwise([*places, a_round])) <= latency_blocks.PASSES_A_DENSE_RUN + 2
+        assert max(b - a for a, b in itertools.pairwise([*places, a_round])) <= latency_blocks.PASSES_PER_DENSE_RUN + 2
         assert {width for layers in widths for width in layers} == {0, 1, 47, *range(2, 49, 2)}
 
 
