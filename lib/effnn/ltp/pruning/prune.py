@@ -25,7 +25,7 @@ from effnn.ltp.pruning.calibration.batch_checks import checked_loader
 from effnn.ltp.pruning.calibration.calibrate import Calibration, calibrate
 from effnn.ltp.pruning.calibration.held_out import dense_held_out_loss, held_out_loss
 from effnn.ltp.pruning.calibration.losses import Loss
-from effnn.ltp.pruning.checks import check_model, check_rebuilt, rebuilt
+from effnn.ltp.pruning.calibration.model_checks import check_model, check_rebuilt, rebuilt
 from effnn.ltp.pruning.latency.measured_search import SearchResult, measure_pair, measured_ratio, search_measured
 from effnn.ltp.pruning.latency.search import search_latency
 from effnn.ltp.pruning.latency.table import Latency, LatencyTable
