@@ -98,7 +98,7 @@ def tune_masks(
     done: list[LayerTuning] = []
     device, dtype = model.device, model.dtype
     first_only = all(batch.first_only for batch in inputs)
-    run = _Run([_Rows(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
+    run = _LayerSteps([_BatchStates(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
     inputs.clear()
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index, layer in enumerate(layers):
@@ -128,7 +128,7 @@ def tune_masks(
     return tuned, done
 
 
-class _Rows:
+class _BatchStates:
     """Hidden states of one mini-batch on their way through the layers, teacher's and student's.
 
     Setting them puts them where they wait, reading them brings them back to the model's device and dtype.
@@ -175,10 +175,10 @@ class _Rows:
                 sums.add(inputs[rows][chosen], target[rows][chosen])
 
 
-class _Run:
+class _LayerSteps:
     """The three steps of one layer over all mini-batches."""
 
-    def __init__(self, batches: list[_Rows], max_cached_bytes: int):
+    def __init__(self, batches: list[_BatchStates], max_cached_bytes: int):
         self.batches, self.max_cached_bytes = batches, max_cached_bytes
         self.cached_bytes = 0
         self.tokens: int | None = None

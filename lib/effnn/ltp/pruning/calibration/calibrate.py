@@ -20,7 +20,7 @@ from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.calibration.batch_checks import checked_loader
 from effnn.ltp.pruning.calibration.batches import row_count, to_device
 from effnn.ltp.pruning.calibration.first_token import first_token_only
-from effnn.ltp.pruning.calibration.fisher import Collected, fisher_diagonal, probes
+from effnn.ltp.pruning.calibration.fisher import MaskGradients, fisher_diagonal, probes
 from effnn.ltp.pruning.calibration.held_out import HeldOut, KeptRows, LayerInput
 from effnn.ltp.pruning.calibration.losses import ChanceLoss, Loss, drawn_labels, label_counts, mean_loss
 from effnn.ltp.pruning.calibration.model_checks import check_model
@@ -105,8 +105,8 @@ def calibrate(
         It may call the model several times, row i of each call being row i of the batch; where a call has other
         numbers of rows, fisher="sample" is refused and batches are held out whole.
 
-    Raises InvalidInput for a model or batch that is refused (model_checks.py, batch_checks.py), an empty loader, missing
-    labels, a loss that is not finite.
+    Raises InvalidInput for a model or batch that is refused (model_checks.py, batch_checks.py), an empty loader,
+    missing labels, a loss that is not finite.
     """
     check_model(model, labels, loss)
     if fisher not in ("batch", "sample"):
@@ -116,7 +116,7 @@ def calibrate(
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
     device = next(model.parameters()).device
-    collected = Collected(shape)
+    collected = MaskGradients(shape)
     heads, filters, losses = [], [], []
     kept = KeptRows(holdout)
     chance, tokens, sequences, rows = ChanceLoss(), 0, 0, 0

@@ -31,7 +31,7 @@ def fisher_diagonal(gradients: Tensor) -> Tensor:
 
 
 class _Probe(torch.autograd.Function):
-    """Identity; in the backward pass hands activation and gradient to `sink`. `anchor` makes the graph begin here."""
+    """Identity; in the backward pass hands activation and gradient to `sink`. `anchor` lets the graph begin here."""
 
     @staticmethod
     def forward(ctx, activation: Tensor, anchor: Tensor, sink) -> Tensor:
@@ -46,12 +46,14 @@ class _Probe(torch.autograd.Function):
         return (gradient if ctx.needs_input_grad[0] else None), torch.zeros(1, device=gradient.device), None
 
 
-class Collected:
-    """Gradients of one mini-batch, sequence by sequence, filled in by the probes during its backward pass.
+class MaskGradients:
+    """Gradients of the masks for one mini-batch, sequence by sequence; the probes fill them in as it passes.
 
+    heads: per layer (B, H), None where the loss does not depend on it.
+    filters: per layer (B, F), likewise.
     passes: hidden states and mask that enter the first layer, and live tokens, of every forward pass of the encoder.
-    first_only: whether the loss depends on no other position of the last layer than position 0.
-    first_state: what the last layer put out there, (B, 1, d).
+    first_only: whether the loss depends on position 0 of the last layer only.
+    first_state: output of the last layer there, (B, 1, d).
     """
 
     def __init__(self, shape: Shape):
@@ -64,6 +66,7 @@ class Collected:
         self.first_state: Tensor | None = None
 
     def start(self) -> None:
+        """A mini-batch begins."""
         self.heads = [None] * self.shape.layers
         self.filters = [None] * self.shape.layers
         self.passes, self.padding_mask, self.first_only, self.first_state = [], None, True, None
@@ -87,6 +90,8 @@ class Collected:
             )
 
     def head_sink(self, layer: int):
+        """What the probe in front of the output projection of `layer` calls."""
+
         def sink(activation: Tensor, gradient: Tensor) -> None:
             products = _summed_products(activation, gradient)
             _add_at(self.heads, layer, products.unflatten(-1, (self.shape.heads, self.shape.head_size)).sum(-1).cpu())
@@ -96,6 +101,8 @@ class Collected:
         return sink
 
     def filter_sink(self, layer: int):
+        """What the probe in front of FFN-2 of `layer` calls."""
+
         def sink(activation: Tensor, gradient: Tensor) -> None:
             _add_at(self.filters, layer, _summed_products(activation, gradient).cpu())
 
@@ -162,7 +169,7 @@ def _stacked(values: list[Tensor | None], width: int) -> Tensor:
 
 
 @contextmanager
-def probes(model: PreTrainedModel, adapter: Adapter, collected: Collected) -> Iterator[Tensor]:
+def probes(model: PreTrainedModel, adapter: Adapter, collected: MaskGradients) -> Iterator[Tensor]:
     """Hooks that fill `collected`; yields the tensor at which backward passes may end."""
     device = next(model.parameters()).device
     anchor = torch.zeros(1, device=device, requires_grad=True)
