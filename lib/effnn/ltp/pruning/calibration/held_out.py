@@ -1,6 +1,6 @@
-"""Which calibration rows are held out: kept from tuning and used to judge it.
+"""Held-out calibration rows: mask tuning is not fitted to them, and their loss decides whether it is accepted.
 
-Held-out rows stand at the end of a batch, so that one forward pass serves fitted and held-out rows alike. Where the
+Held-out rows stand at the end of a batch, so one forward pass runs fitted and held-out rows together. Where the
 sequences that the encoder sees are not the rows of the batch (a loss of your own that joins two inputs into one call),
 it is not known which sequence belongs to which row, and batches are held out whole.
 """

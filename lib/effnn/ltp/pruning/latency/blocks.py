@@ -1,20 +1,19 @@
 """Latency of an encoder's attention and FFN blocks at reduced widths.
 
 How it is measured. Each pass is one forward of a whole model of the user's own class: as many layers as the model has,
-each cut to some number of heads and of filters. The time is read when a layer begins, when its attention block
-ends (after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends;
-what is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
+each cut to some number of heads and of filters. The time is read when a layer begins, when its attention block ends
+(after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends; what
+is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
 
-Why so. What is wanted is the latency of assembled models, so assembled models are what runs: blocks find the caches and
-the allocator as their predecessors leave them, nothing has to be subtracted, and the parts add up to the forward pass
-that they were read from. On a GPU nothing waits between blocks (the marks are events in the stream). A block without
-heads or filters runs what is left of it: a bias, the residual sum, the normalisations.
+Why. The table predicts assembled models, so assembled models are what runs: blocks find the caches and the allocator as
+the blocks before them leave these, nothing has to be subtracted, and the parts add up to the measured forward pass. On
+a GPU nothing waits between blocks (the marks are events in the stream). A block without heads or filters runs what is
+left of it: a bias, the residual sum, the normalisations.
 
 A noisy machine. Every round draws new passes, so that a width meets other partners and positions, takes every width at
 least once, and runs the dense model in turn with them. Times count as shares of the dense model's in the same round, so
 that drift hits all alike; medians over the rounds ignore what happens once. The dense runs give the full widths, too,
-so that the table's dense model is the one that ratios refer to. Nothing here relies on
-times that rise or are positive.
+so that the table's dense model is the one that ratios refer to. Nothing here relies on times that rise or are positive.
 """
 
 import copy
@@ -40,12 +39,12 @@ PASSES_PER_DENSE_RUN = 3
 """Passes of cut models between two runs of the dense one; each round has two dense runs at least."""
 
 BETWEEN = 12
-"""Numbers of filters between multiples of the grid that are measured, about."""
+"""About how many numbers of filters between multiples of the grid are measured."""
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Median ms. heads, filters: number kept -> block; rest_ms: outside the layers; dense_ms: the dense model."""
+    """Median ms: of a block by the heads or filters it keeps, outside the layers, and of the dense model."""
 
     heads: dict[int, float]
     filters: dict[int, float]

@@ -1,10 +1,10 @@
 """The paper's latency model and its search (Kwon et al. 2022, section 4.1): `latency_model="piecewise"`.
 
-Latency over the number n of units kept in a layer is taken as 0 for n = 0, a constant c up to n = T, and c + a (n - T)
-beyond. A layer's best T units are its base, kept or dropped as a whole; the others are extras at cost a each, ranked
-over all layers. The search tries every number of dropped attention and FFN blocks. It is a heuristic (which blocks go
-is decided by their base importance alone); `knapsack` needs no such model. Other than
-in the published code, the budget is one for all tries, base importance counts, and all blocks of a kind may go.
+The latency of a block with n kept units is modelled as 0 for n = 0, a constant c up to n = T, and c + a (n - T) beyond.
+A layer's best T units are its base, kept or dropped as a whole; the others are extras at cost a each, ranked over all
+layers. The search tries every number of dropped attention and FFN blocks. It is a heuristic (which blocks go is decided
+by their base importance alone); knapsack.py needs no such model. Unlike in the published code, the budget is the same
+for all tries, base importance counts, and all blocks of a kind may go.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ class _Blocks:
 
 
 class PiecewiseSearch:
-    """The search over dropped blocks and extras; the rankings are made once, `within` may be asked many budgets.
+    """The search over dropped blocks and extras; units are ranked once, for all budgets that `within` is called with.
 
     head_ranked: (L, H), importances, falling in each layer.
     filter_ranked: (L, N), likewise.

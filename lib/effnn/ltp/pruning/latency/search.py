@@ -1,10 +1,9 @@
 """The mask search under a latency budget, by a lookup table (Kwon et al. 2022, section 4.1).
 
-Within a layer the best n heads are its n most important ones, and so for filters: what is left to choose is how many
-each layer keeps. With a table of what they cost, that is a multiple-choice knapsack, which `knapsack` solves on the
-measured staircase itself. `latency_model="piecewise"` is the paper's search on its two-piece fit. Both keep the
-latency that the table predicts within the budget; that the table tells the truth is measured, not assumed
-(`compare_latency`).
+Within a layer the best n heads are its n most important ones, and likewise for filters: what is left to choose is how
+many each layer keeps. With a table of what they cost, that is a multiple-choice knapsack, which knapsack.py solves on
+the measured staircase itself. `latency_model="piecewise"` is the paper's search on its two-piece fit (piecewise.py).
+Both keep the latency that the table predicts within the budget; measured_search.py checks it on the assembled model.
 """
 
 import math
