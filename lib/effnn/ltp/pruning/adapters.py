@@ -23,7 +23,12 @@ PRUNED_PREFIX = "effnn_pruned_"
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One encoder layer taken apart. d: hidden size, H: heads, d_h: head size, F: FFN width.
+    """The parts of one encoder layer, which computes (d: hidden size, H: heads, d_h: head size, F: FFN width):
+
+        a    = x + out(attention(norm_before_attention(x)))       the attention block's residual sum
+        mid  = norm_after_attention(a)
+        f    = mid + fc2(activation(fc1(norm_before_ffn(mid))))   the FFN block's residual sum
+        next = norm_after_ffn(f)
 
     query: Linear(d, H * d_h).
     key: likewise.
@@ -31,18 +36,12 @@ class LayerParts:
     out: Linear(H * d_h, d).
     fc1: Linear(d, F).
     fc2: Linear(F, d).
-    activation: between fc1 and fc2.
+    activation: of the FFN.
     head_size: d_h.
-    norm_before_attention: this and the following three are None where the family has none, which means the identity:
-
-        a    = x + out(attention(norm_before_attention(x)))       the attention block's residual sum
-        mid  = norm_after_attention(a)
-        f    = mid + fc2(activation(fc1(norm_before_ffn(mid))))   the FFN block's residual sum
-        next = norm_after_ffn(f)
-
-    norm_after_attention: see above.
-    norm_before_ffn: see above.
-    norm_after_ffn: see above.
+    norm_before_attention: None, here and below, where the family has none; it means the identity.
+    norm_after_attention: likewise.
+    norm_before_ffn: likewise.
+    norm_after_ffn: likewise.
     """
 
     query: nn.Linear
@@ -76,7 +75,7 @@ class Adapter(Protocol):
         """The encoder layers in the order of the forward pass."""
 
     def parts(self, layer: nn.Module) -> LayerParts:
-        """One layer taken apart."""
+        """The parts of one layer."""
 
     def reads_first_token_only(self, model: PreTrainedModel) -> bool:
         """Whether the task head reads only position 0 of the last layer; False is always safe."""

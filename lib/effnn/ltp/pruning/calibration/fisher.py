@@ -1,4 +1,4 @@
-"""The diagonal Fisher information of the masks, and the gradients that it is made of (Kwon et al. 2022, section 3.2).
+"""The diagonal Fisher information of the masks, and the gradients that it is made of (Kwon et al. 2022, section 4.1).
 
 The importance of a head or a filter is its entry on the diagonal of the empirical Fisher matrix, the sum of squared
 gradients of the loss with respect to its mask entry: `fisher_diagonal`. With all masks at one, such a gradient is the

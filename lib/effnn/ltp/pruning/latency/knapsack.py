@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option of every group, greatest total value within a budget.
+"""The multiple-choice knapsack: pick one option of every group, for the greatest total value within a budget.
 
 The mask search under a latency budget is this problem: a group is one layer's heads or filters, an option is how many
 of them to keep, its value the importance kept and its cost a latency read from a table. Three steps, as in Pisinger

@@ -1,11 +1,11 @@
 """Pruned encoders as transformers models: stock classes whose layers differ in heads and filters.
 
 Each stock class gets a subclass with "Pruned" before its name (PrunedBertForSequenceClassification, ...) and each
-configuration one that holds which heads and filters of the dense model were kept. The sizes are read from it when the
-model is built, so `save_pretrained`, `from_pretrained` and the Auto classes work. Importing this file registers them.
-Registering only ever adds: a stock class with its configuration class has one pruned class for as long as the process
-lives, and pickles name the stock classes, which every process can import. How a layer is cut is in cut.py, how a dense
-model becomes one of these in shrink.py.
+configuration class one that says which heads and filters of the dense model were kept. The sizes are read from it when
+the model is built, so `save_pretrained`, `from_pretrained` and the Auto classes work. Importing this file registers
+them. Registering never replaces: a stock class with its configuration class has one pruned class until the process
+ends. Pickles name the stock classes, which every process can import. cut.py cuts a layer, shrink.py makes one of these
+models from a dense one, saving.py loads it.
 """
 
 import os
