@@ -56,10 +56,19 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
                 "element (return output.loss of a model output, losses.mean() of losses per row)"
             )
         return value.reshape(()).float()
+    output = _forward(model, batch, where)
+    value = getattr(output, "loss", None)
+    if value is None:
+        raise InvalidInput(missing_labels(model, batch))
+    return value.float()
+
+
+def _forward(model: PreTrainedModel, batch: Mapping, where: str) -> object:
+    """The output of the model on the batch; InvalidInput if it does not run."""
     # a configuration may ask for tuples, which do not say which of their items is the loss
     options = {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
     try:
-        output = model(**batch | options)
+        return model(**batch | options)
     except _RAW_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
             raise
@@ -67,10 +76,6 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
             f"{type(model).__name__} does not run on {where} ({described(batch)}), expected a batch on which "
             f"model(**batch) runs: {type(error).__name__}: {error}"
         ) from error
-    value = getattr(output, "loss", None)
-    if value is None:
-        raise InvalidInput(missing_labels(model, batch))
-    return value.float()
 
 
 def missing_labels(model: PreTrainedModel, batch: Mapping) -> str:
@@ -98,13 +103,7 @@ def drawn_labels(
 ) -> tuple[Tensor, dict]:
     """The loss on labels drawn from the model's own prediction, and the batch with these labels."""
     batch = {name: value for name, value in batch.items() if name not in LABELS}
-    options = {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
-    try:
-        logits = getattr(model(**batch | options), "logits", None)
-    except _RAW_ERRORS as error:
-        raise InvalidInput(
-            f"{type(model).__name__} does not run on {where} ({described(batch)}): {type(error).__name__}: {error}"
-        ) from error
+    logits = getattr(_forward(model, batch, where), "logits", None)
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or several:
         raise InvalidInput('labels="model" needs a classification head that chooses one of at least two classes')
