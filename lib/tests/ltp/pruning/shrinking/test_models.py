@@ -134,7 +134,7 @@ def test_load_pruned_refuses_other_folders(tmp_path):
     with pytest.raises(InvalidInput, match="holds no config.json"):
         load_pruned(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{ half")
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(InvalidInput, match="is not a model configuration"):
         load_pruned(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "effnn_pruned_other", "architectures": ["PrunedOther"]}')
     with pytest.raises(InvalidInput, match="not registered"):
