@@ -212,7 +212,10 @@ def test_names_that_a_folder_could_not_tell_apart_are_refused(stock, user):
     with pytest.raises(InvalidInput, match="another_module_of_a_test.Mine.* has the name of module_of_a_test.Mine"):
         register_pruned(BertConfig, [other.MineForSequenceClassification])
     register_pruned(one.Typed, [one.TypedForSequenceClassification])
-    with pytest.raises(InvalidInput, match="another_module_of_a_test.Typed has the name of module_of_a_test.Typed.*model_type of its own"):
+    with pytest.raises(
+        InvalidInput,
+        match="another_module_of_a_test.Typed has the name of module_of_a_test.Typed.*model_type of its own",
+    ):
         register_pruned(other.Typed, [other.TypedForSequenceClassification])
     other.Typed.model_type = "other_bert_of_a_test"
     register_pruned(other.Typed, [other.TypedForSequenceClassification])
