@@ -15,10 +15,11 @@ from effnn.ltp.pruning.latency.search import search_latency
 from effnn.ltp.pruning.latency.table import Latency, LatencyTable
 from effnn.ltp.pruning.macs import MacCost, Macs, search_macs
 from effnn.ltp.pruning.masks import BudgetTooSmall, Masks, Shape, masked
-from effnn.ltp.pruning.prune import LatencyCheck, PruneReport, PruneResult, Stage, prune
+from effnn.ltp.pruning.prune import prune
 from effnn.ltp.pruning.rearrange import quadratic_loss, rearrange
-from effnn.ltp.pruning.shrinking.export import export_padded
-from effnn.ltp.pruning.shrinking.models import load_pruned, register_pruned
+from effnn.ltp.pruning.report import LatencyCheck, PruneReport, PruneResult, Stage
+from effnn.ltp.pruning.shrinking.models import register_pruned
+from effnn.ltp.pruning.shrinking.saving import export_padded, load_pruned
 from effnn.ltp.pruning.shrinking.shrink import pad, shrink
 from effnn.ltp.pruning.tune import LayerTuning, tune_masks
 

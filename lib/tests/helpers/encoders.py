@@ -1,4 +1,4 @@
-"""Tiny random encoders and batches for the tests of effnn.ltp: one builder a family, deterministic, no network.
+"""Tiny random encoders and batches for the tests of effnn.ltp: one builder per family, deterministic, no network.
 
 Weights are drawn wider than a fresh checkpoint's (biases and normalisations too), so that pruning anything changes the
 logits visibly. Batches hold padding, an odd length and labels. Not trained: nothing here says anything of accuracy.

@@ -23,15 +23,25 @@ PRUNED_PREFIX = "effnn_pruned_"
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One encoder layer taken apart. d: hidden size, H: heads, d_h: head size, F: FFN width.
-
-    query, key, value: Linear(d, H * d_h); out: Linear(H * d_h, d); fc1: Linear(d, F); fc2: Linear(F, d).
-    A normalisation that the family does not have is None and means the identity:
+    """The parts of one encoder layer, which computes (d: hidden size, H: heads, d_h: head size, F: FFN width):
 
         a    = x + out(attention(norm_before_attention(x)))       the attention block's residual sum
         mid  = norm_after_attention(a)
         f    = mid + fc2(activation(fc1(norm_before_ffn(mid))))   the FFN block's residual sum
         next = norm_after_ffn(f)
+
+    query: Linear(d, H * d_h).
+    key: likewise.
+    value: likewise.
+    out: Linear(H * d_h, d).
+    fc1: Linear(d, F).
+    fc2: Linear(F, d).
+    activation: of the FFN.
+    head_size: d_h.
+    norm_before_attention: None, here and below, where the family has none; it means the identity.
+    norm_after_attention: likewise.
+    norm_before_ffn: likewise.
+    norm_after_ffn: likewise.
     """
 
     query: nn.Linear
@@ -49,7 +59,7 @@ class LayerParts:
 
 
 class Adapter(Protocol):
-    """What a family has to say of itself."""
+    """What pruning has to know about a family."""
 
     name: str
     model_types: tuple[str, ...]
@@ -65,7 +75,7 @@ class Adapter(Protocol):
         """The encoder layers in the order of the forward pass."""
 
     def parts(self, layer: nn.Module) -> LayerParts:
-        """One layer taken apart."""
+        """The parts of one layer."""
 
     def reads_first_token_only(self, model: PreTrainedModel) -> bool:
         """Whether the task head reads only position 0 of the last layer; False is always safe."""

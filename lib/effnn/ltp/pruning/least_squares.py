@@ -1,4 +1,4 @@
-"""Least squares for mask scales without the design matrix (ltp.md A.6; Kwon et al. 2022, section 4.3).
+"""Least squares for mask scales without the design matrix (Kwon et al. 2022, section 4.3).
 
 Column i of the design matrix A is what unit i adds to the output projection, C_i W_i, flattened over (token, d): as
 tall as tokens times hidden size. It is never made. With C (T, n) the projection's input, W (n, d) its transposed weight
@@ -6,8 +6,8 @@ and R (T, d) the target, the normal equations follow from two small products:
 
     A^T A = (C^T C) o (W W^T),   A^T b = rowsum((C^T R) o W),   each summed over a unit's d_h columns.
 
-The products of a mini-batch are float32, sums and solves float64. A second set of sums, from held-out rows, says what a
-solution is worth on rows that it was not fitted to.
+The products of a mini-batch are float32, sums and solves float64. A second set of sums, from held-out rows, gives the
+error of a solution on rows that it was not fitted to.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """matrix = A^T A, rhs = A^T b, target_square = b^T b, in float64; the first `units` unknowns are scales."""
+    """The normal equations of one output projection, in float64.
+
+    matrix: A^T A; the first `units` unknowns are scales, the last may be an intercept.
+    rhs: A^T b.
+    target_square: b^T b.
+    units: number of scales.
+    tokens: that the sums are over.
+    """
 
     matrix: Tensor
     rhs: Tensor
@@ -77,7 +84,7 @@ class NormalEquations:
         return cls(matrix, rhs, sums.target_square, units, sums.tokens)
 
     def error(self, scale: Tensor) -> float:
-        """Mean squared reconstruction error a token with these scales (units,) and no intercept."""
+        """Mean squared reconstruction error per token with these scales (units,) and no intercept."""
         scale = scale.double()
         matrix, rhs = self.matrix[: self.units, : self.units], self.rhs[: self.units]
         return float(scale @ matrix @ scale - 2 * scale @ rhs + self.target_square) / max(self.tokens, 1)

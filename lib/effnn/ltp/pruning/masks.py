@@ -1,4 +1,4 @@
-"""Masks over heads and filters, and how a model runs with them (ltp.md A.1; Kwon et al. 2022, section 3).
+"""Masks over heads and filters, and how a model runs with them (Kwon et al. 2022, section 3).
 
 A head mask multiplies a head's context vector, which is the input of the attention output projection; a filter mask
 multiplies the activated intermediate vector, the input of the second FFN linear. Both are set by forward pre-hooks, so
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, hooked
 from effnn.ltp.pruning.adapters import Adapter, adapter_for
 
 
@@ -23,7 +24,14 @@ class BudgetTooSmall(InvalidInput):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an encoder as far as pruning goes."""
+    """Sizes of an encoder as far as pruning goes.
+
+    layers: encoder layers.
+    heads: attention heads of a layer.
+    filters: width of a layer's FFN.
+    hidden: hidden size.
+    head_size: context columns of a head.
+    """
 
     layers: int
     heads: int
@@ -99,17 +107,16 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     """Run `model` with `masks` inside the block: exactly what the pruned model computes, without any speed-up."""
     adapter = adapter_for(model)
     masks.check(Shape.of(model, adapter))
-    handles = []
-    try:
+
+    def set_hooks() -> Iterator[RemovableHandle]:
         for index, layer in enumerate(adapter.layers(model)):
             parts = adapter.parts(layer)
             columns = masks.heads[index].repeat_interleave(parts.head_size)
-            handles.append(parts.out.register_forward_pre_hook(_multiply_input(columns)))
-            handles.append(parts.fc2.register_forward_pre_hook(_multiply_input(masks.filters[index])))
+            yield parts.out.register_forward_pre_hook(_multiply_input(columns))
+            yield parts.fc2.register_forward_pre_hook(_multiply_input(masks.filters[index]))
+
+    with hooked(set_hooks()):
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _multiply_input(columns: Tensor):

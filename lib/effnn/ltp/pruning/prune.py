@@ -1,21 +1,18 @@
 """Post-training pruning in one call (Kwon et al. 2022; the talk's LTP pipeline): no retraining, one pass over the rows.
 
   1. calibrate    one forward and backward over the calibration rows: Fisher information of every mask entry;
-  2. search       the best masks within the MAC or latency budget, by the diagonal Fisher;
-  3. rearrange    better sets of the same sizes, by the block-diagonal Fisher;
-  4. tune         real-valued scales that reconstruct a less pruned teacher, layer by layer.
+  2. search       the best masks within the MAC or latency budget, by the diagonal Fisher (section 4.1);
+  3. rearrange    better sets of the same sizes, by the block-diagonal Fisher (section 4.2);
+  4. tune         real-valued scales that reconstruct a less pruned teacher, layer by layer (section 4.3).
 
 The model is not changed. `PruneResult.materialize()` gives the smaller model. Not covered: decoders, embeddings, and
 any further training.
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,113 +21,22 @@ from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, PeakMemory
 from effnn.ltp.pruning.adapters import adapter_for
+from effnn.ltp.pruning.calibration.batch_checks import checked_loader
 from effnn.ltp.pruning.calibration.calibrate import Calibration, calibrate
 from effnn.ltp.pruning.calibration.held_out import dense_held_out_loss, held_out_loss
 from effnn.ltp.pruning.calibration.losses import Loss
-from effnn.ltp.pruning.checks import check_model, check_rebuilt, checked_batches, rebuilt
-from effnn.ltp.pruning.latency.correction import Attempt, Plan, measure_pair, measured_ratio, plan_latency
+from effnn.ltp.pruning.calibration.model_checks import check_model, check_rebuilt, rebuilt
+from effnn.ltp.pruning.latency.measured_search import SearchResult, measure_pair, measured_ratio, search_measured
 from effnn.ltp.pruning.latency.search import search_latency
 from effnn.ltp.pruning.latency.table import Latency, LatencyTable
 from effnn.ltp.pruning.macs import MacCost, Macs, search_macs
 from effnn.ltp.pruning.masks import Masks, Shape
 from effnn.ltp.pruning.rearrange import rearrange as rearrange_mask
-from effnn.ltp.pruning.shrinking.export import export_padded
+from effnn.ltp.pruning.report import LatencyCheck, PruneReport, PruneResult, Stage
 from effnn.ltp.pruning.shrinking.shrink import shrink
-from effnn.ltp.pruning.tune import LayerTuning, tune_masks
+from effnn.ltp.pruning.tune import tune_masks
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage: its name, seconds, share of the dense MACs, kept units layer by layer, and held-out loss.
-
-    loss: mean loss a label on the held-out calibration rows under this stage's masks, None where nothing is held out.
-    latency_ms: predicted from the table, with a latency target only.
-    """
-
-    name: str
-    seconds: float
-    mac_ratio: float
-    heads_per_layer: list[int]
-    filters_per_layer: list[int]
-    loss: float | None = None
-    latency_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class LatencyCheck:
-    """Milliseconds of one forward pass: predicted by the latency table, and measured on the assembled models.
-
-    ratio: measured pruned over dense, median over the rounds in which the two took turns; what the budget is held
-    against. attempts: what the search planned, and measured in order to correct itself (`latency_plan`), shares of the
-    dense latency; empty with corrections=0. All are measured anew in the end.
-    """
-
-    dense_predicted: float
-    dense_measured: float
-    predicted: float
-    measured: float
-    ratio: float
-    attempts: tuple[Attempt, ...] = ()
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What was done, stage by stage and layer by layer.
-
-    calibration_loss: mean over mini-batches, dense model. chance_loss: a constant prediction's, None where it is not
-    known (always with a loss of one's own). dense_loss: the dense model's on the held-out rows. tuning_accepted:
-    False if the held-out loss rose and the scales were dropped. latency: with a latency target, ms of the dense and of
-    the pruned model, predicted by the table and measured at the end, the two models in turn (median), and how the
-    search corrected itself. peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident set), None if
-    not measured.
-    """
-
-    target: Macs | Latency
-    rows: int
-    seq_len: float
-    calibration_loss: float
-    chance_loss: float | None
-    dense_loss: float | None
-    stages: list[Stage]
-    layers: list[LayerTuning] = field(default_factory=list)
-    tuning_accepted: bool | None = None
-    latency: LatencyCheck | None = None
-    peak_bytes: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of all stages together; the held-out losses are counted in the stage that they judge."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def accepted_layers(self) -> int:
-        """Layer halves whose scales were accepted."""
-        return sum(layer.accepted for layer in self.layers)
-
-    def to_dict(self) -> dict:
-        """The report as plain values, ready for JSON (what was not found is None) or a table."""
-        target = {"kind": type(self.target).__name__, **asdict(self.target)}
-        return _plain(asdict(self) | {"target": target})
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """masks: what to apply. stages: the masks after "search", "rearrange" and "tune", as far as these ran."""
-
-    model: PreTrainedModel
-    masks: Masks
-    stages: dict[str, Masks]
-    report: PruneReport
-
-    def materialize(self) -> PreTrainedModel:
-        """The smaller dense model: same outputs as the masked one; saves and loads by itself."""
-        return shrink(self.model, self.masks)
-
-    def export_padded(self, directory: str | Path, tokenizer=None) -> Path:
-        """Write a zero-filled checkpoint of the dense class, for stock loaders: right outputs, no speed-up."""
-        return export_padded(self.model, self.masks, directory, tokenizer=tokenizer)
 
 
 def prune(
@@ -156,22 +62,30 @@ def prune(
     """Prune a fine-tuned encoder to a budget without retraining; returns a `PruneResult`, `model` stays as it is.
 
     model: BERT, RoBERTa, DistilBERT, ELECTRA or ViT with its task head, in eval mode, on any device; with `loss` also
-    without a head.
-    calibration_loader: mini-batches of model inputs with labels; the paper draws 2048 training rows with replacement.
-    Read once, in its own order. target: `Macs(0.6)` or `Latency(0.6, batch=..., seq_len=...)`.
+        without a head.
+    calibration_loader: mini-batches of model inputs with labels, read once, in their own order; the paper draws 2048
+        training rows with replacement.
+    target: `Macs(0.6)` or `Latency(0.6, batch=..., seq_len=...)`.
     fisher: "batch" squares gradients of mini-batch means (the paper's code), "sample" those of single rows.
-    labels: "data", or "model" to draw them from the model itself. loss: loss(model, batch) instead of the model's own,
-    see `calibrate`. holdout: share of the rows that tuning is judged on
-    instead of fitted to. round_to: kept filters of a layer are a multiple of it. table: a measured `LatencyTable` to
-    use again. autocast: torch.bfloat16 runs the forward passes in it. offload: hidden states of the calibration
-    rows wait on the CPU in this dtype, for a GPU too small to hold them (torch.float32, or torch.bfloat16 at half the
-    memory). seed: of labels="model" only.
+    labels: "data", or "model" to draw them from the model itself.
+    loss: loss(model, batch) instead of the model's own, see `calibrate`.
+    rearrange: whether to run step 3.
+    tune: whether to run step 4.
+    solver: of step 4, "ridge" or "lsmr", see `NormalEquations.solve`.
+    holdout: share of the rows that tuning is judged on instead of fitted to.
+    round_to: kept filters of a layer are a multiple of it.
+    table: a `LatencyTable` that was measured before; otherwise one is measured for a target in latency.
+    autocast: torch.bfloat16 runs the forward passes in it.
+    offload: hidden states of the calibration rows wait on the CPU in this dtype, for a GPU too small to hold them
+        (torch.float32, or torch.bfloat16 at half the memory).
+    measure_memory: whether to fill in `report.peak_bytes`.
+    progress: whether to show progress bars.
+    seed: of labels="model" only.
 
     Raises InvalidInput for: an unsupported architecture, a model in training mode or one that could not be made smaller
     in the end (all before a batch is read), a first batch that the model has no loss on (before any pass over the
     others), an empty loader, a loss that is not finite, a budget that nothing fits. Warns when the calibration loss is
-    near that of a constant.
-    Source: ltp.md A.2 to A.6.
+    near that of a constant prediction.
     """
     if not isinstance(target, (Macs, Latency)):
         raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
@@ -179,7 +93,7 @@ def prune(
     shape = Shape.of(model, adapter_for(model))
     small = rebuilt(model)
     batches = _length(calibration_loader)
-    first, calibration_loader = checked_batches(model, calibration_loader, labels, loss)
+    first, calibration_loader = checked_loader(model, calibration_loader, labels, loss)
     check_rebuilt(model, small, first, loss)
     del small, first
     if isinstance(target, Latency):
@@ -187,12 +101,14 @@ def prune(
         table = table or LatencyTable.measure(model, target, progress=progress)
         table.check(target, model)
     memory = PeakMemory(next(model.parameters()).device)
-    total = None if batches is None else batches + 2 * shape.layers * tune
+    steps = None if batches is None else batches + 2 * shape.layers * tune
     with (
         memory if measure_memory else nullcontext(),
-        tqdm(total=total, desc="calibrate", unit="step", disable=not progress, leave=False) as bar,
+        tqdm(total=steps, desc="calibrate", unit="step", disable=not progress, leave=False) as bar,
     ):
-        clock = _Clock()
+        clock = _Stopwatch()
+
+        # 1. gradients of all masks, what enters the first layer, and the held-out rows
         calibration = calibrate(
             model,
             calibration_loader,
@@ -208,54 +124,56 @@ def prune(
         )
         budget = _Budget(shape, target, calibration, table, round_to)
 
-        def held(masks: Masks) -> float | None:
+        def loss_under(masks: Masks) -> float | None:
             if not calibration.held_out:
                 return None
             return held_out_loss(shrink(model, masks, share=True), calibration.held_out, loss)
 
         dense_loss = dense_held_out_loss(model, calibration.held_out, loss)
-        stages = [_stage("calibrate", clock, budget, Masks.ones(shape), dense_loss)]
+        stages = [budget.stage("calibrate", Masks.ones(shape), dense_loss, clock.read())]
 
+        # 2. the student's masks within the budget, and the teacher's within its square root
         bar.set_description("search")
-        plan = budget.plan(model, target)
-        kept = {"search": plan.masks}
-        teacher = budget.search(plan.target.relaxed()) if tune else None
-        held_loss = held(kept["search"])
-        stages.append(_stage("search", clock, budget, kept["search"], held_loss))
+        searched = budget.search_for(model, target)
+        teacher = budget.search(searched.target.relaxed()) if tune else None
+        masks, pruned_loss = searched.masks, loss_under(searched.masks)
+        kept = {"search": masks}
+        stages.append(budget.stage("search", masks, pruned_loss, clock.read()))
 
+        # 3. exchanges within each layer
         if rearrange:
             bar.set_description("rearrange")
-            searched = kept["search"]
-            kept["rearrange"] = Masks(
-                rearrange_mask(calibration.head_gradients, searched.heads),
-                rearrange_mask(calibration.filter_gradients, searched.filters),
+            masks = kept["rearrange"] = Masks(
+                rearrange_mask(calibration.head_gradients, masks.heads),
+                rearrange_mask(calibration.filter_gradients, masks.filters),
             )
-            held_loss = held(kept["rearrange"])
-            stages.append(_stage("rearrange", clock, budget, kept["rearrange"], held_loss))
+            pruned_loss = loss_under(masks)
+            stages.append(budget.stage("rearrange", masks, pruned_loss, clock.read()))
 
+        # 4. scales, unless they raise the held-out loss
         layers, accepted = [], None
         if tune:
             bar.set_description("tune")
-            before = list(kept.values())[-1]
             tuned, layers = tune_masks(
                 model,
                 calibration.inputs,
-                before,
+                masks,
                 teacher,
                 solver=solver,
                 autocast=autocast,
                 offload=offload,
                 on_step=bar.update,
             )
-            tuned_loss = held(tuned)
-            accepted = tuned_loss is None or tuned_loss <= held_loss
-            if not accepted:
+            tuned_loss = loss_under(tuned)
+            accepted = tuned_loss is None or tuned_loss <= pruned_loss
+            if accepted:
+                masks, pruned_loss = tuned, tuned_loss
+            else:
                 log.warning(
-                    "tuned scales raise the held-out loss from %.4f to %.4f and are dropped", held_loss, tuned_loss
+                    "tuned scales raise the held-out loss from %.4f to %.4f and are dropped", pruned_loss, tuned_loss
                 )
-            kept["tune"] = tuned if accepted else before
-            stages.append(_stage("tune", clock, budget, kept["tune"], tuned_loss if accepted else held_loss))
-    masks = list(kept.values())[-1]
+            kept["tune"] = masks
+            stages.append(budget.stage("tune", masks, pruned_loss, clock.read()))
     report = PruneReport(
         target=target,
         rows=calibration.rows,
@@ -266,62 +184,61 @@ def prune(
         stages=stages,
         layers=layers,
         tuning_accepted=accepted,
-        latency=_check_latency(model, masks, plan, table) if isinstance(target, Latency) else None,
+        latency=_check_latency(model, masks, searched, table) if isinstance(target, Latency) else None,
         peak_bytes=memory.peak_bytes,
     )
     return PruneResult(model, masks, kept, report)
 
 
 class _Budget:
-    """Search and bookkeeping under one kind of target."""
+    """The mask search under one kind of target, and what masks cost by it."""
 
     def __init__(self, shape: Shape, target, calibration: Calibration, table: LatencyTable | None, round_to: int):
         given = isinstance(target, Macs) and target.seq_len != "auto"
         self.cost = MacCost(shape, float(target.seq_len if given else calibration.mean_length))
-        self.calibration, self.round_to = calibration, round_to
-        self.table = table if isinstance(target, Latency) else None
+        self.importance = calibration.head_importance, calibration.filter_importance
+        self.table, self.round_to = table if isinstance(target, Latency) else None, round_to
 
-    def plan(self, model: PreTrainedModel, target: Macs | Latency) -> Plan:
-        """Masks within the budget, and the target that the search was given in the end."""
+    def search_for(self, model: PreTrainedModel, target: Macs | Latency) -> SearchResult:
+        """Masks of which `model` keeps the budget: counted in MACs, or measured."""
         if self.table is None:
-            return Plan(self.search(target), target, ())
-        importance = self.calibration.head_importance, self.calibration.filter_importance
-        return plan_latency(model, *importance, self.table, target, self.round_to)
+            return SearchResult(self.search(target), target, ())
+        return search_measured(model, *self.importance, self.table, target, self.round_to)
 
     def search(self, target: Macs | Latency) -> Masks:
-        importance = self.calibration.head_importance, self.calibration.filter_importance
+        """Masks within the budget by MACs, or by the table."""
         if self.table is None:
-            return search_macs(*importance, self.cost, target, self.round_to)
-        return search_latency(*importance, self.table, target, self.round_to)
+            return search_macs(*self.importance, self.cost, target, self.round_to)
+        return search_latency(*self.importance, self.table, target, self.round_to)
+
+    def stage(self, name: str, masks: Masks, loss: float | None, seconds: float) -> Stage:
+        """What the report says of a stage that ended with `masks`."""
+        latency = self.table.predict(masks) if self.table else None
+        ratio = self.cost.ratio(masks)
+        return Stage(name, seconds, ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
 
 
-class _Clock:
-    """Seconds since the last reading."""
+class _Stopwatch:
+    """Seconds since it was read last."""
 
     def __init__(self) -> None:
-        self.last = time.perf_counter()
+        self.start = time.perf_counter()
 
     def read(self) -> float:
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        seconds, self.start = now - self.start, now
         return seconds
 
 
-def _stage(name: str, clock: _Clock, budget: _Budget, masks: Masks, loss: float | None) -> Stage:
-    latency = budget.table.predict(masks) if budget.table else None
-    ratio = budget.cost.ratio(masks)
-    return Stage(name, clock.read(), ratio, masks.heads_per_layer, masks.filters_per_layer, loss, latency)
-
-
-def _check_latency(model: PreTrainedModel, masks: Masks, plan: Plan, table: LatencyTable) -> LatencyCheck:
-    times = measure_pair(model, masks, plan.target)
+def _check_latency(model: PreTrainedModel, masks: Masks, searched: SearchResult, table: LatencyTable) -> LatencyCheck:
+    times = measure_pair(model, masks, searched.target)
     return LatencyCheck(
         dense_predicted=table.predict(Masks.ones(Shape.of(model))),
         dense_measured=1e3 * times["dense"].median,
         predicted=table.predict(masks),
         measured=1e3 * times["pruned"].median,
         ratio=measured_ratio(times),
-        attempts=plan.attempts,
+        attempts=searched.attempts,
     )
 
 
@@ -331,14 +248,3 @@ def _length(loader: Iterable) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _plain(value: object) -> object:
-    """Numbers, texts, lists and dicts only; NaN and infinity become None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

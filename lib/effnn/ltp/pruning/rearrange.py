@@ -1,14 +1,13 @@
-"""Mask rearrangement: better sets of the same size, by the block-diagonal Fisher (ltp.md A.5; Kwon et al. 2022, 4.2).
+"""Mask rearrangement: better sets of the same size, by the block-diagonal Fisher (Kwon et al. 2022, section 4.2).
 
 For the pruned set P of a layer the loss rises by about Q(P) = p^T G p, G = g^T g over the mini-batch gradients g.
 Warm start: the cheapest units by G's diagonal. Then every kept unit, cheapest first, is tried in P, and the member
 whose removal leaves the least Q is taken out (it may be the one just tried). The number of kept units of a layer, hence
 the budget, does not change, and Q never rises.
 
-Most tries change nothing, and a try that changes nothing does not influence the next. So a whole batch of tries is
-evaluated at once, in low-rank form (one product with N columns; no U x U matrix is ever made), up to the first one that
-changes P; the batch is widened while nothing changes. The plain form, one try at a time on the Gram matrix, stands in
-the tests and gives equal masks.
+Most tries change nothing, and then the next try starts from the same P. So many tries are evaluated at once, in
+low-rank form (one product with N columns; no U x U matrix is ever made), up to the first one that changes P; their
+number grows while nothing changes. The tests hold the plain form, one try at a time on the Gram matrix, and compare.
 """
 
 import torch
@@ -23,7 +22,8 @@ NARROWEST, WIDEST = 8, 512
 def rearrange(gradients: Tensor, mask: Tensor, passes: int = 1) -> Tensor:
     """(L, U) binary mask with as many kept units in every layer as `mask`, and no greater Q.
 
-    gradients: (N, L, U) of heads or of filters, one row a mini-batch (or a sample). mask: (L, U), zero = pruned.
+    gradients: (N, L, U) of heads or of filters, one row per mini-batch (or per calibration row).
+    mask: (L, U), zero = pruned.
     passes: 1 is the paper's; with more, the kept units are tried again until nothing changes.
     """
     if gradients.dim() != 3 or tuple(gradients.shape[1:]) != tuple(mask.shape):

@@ -1,17 +1,17 @@
-"""Mask tuning: real-valued scales for the kept heads and filters, layer by layer (ltp.md A.6; Kwon et al. 2022, 4.3).
+"""Mask tuning: real-valued scales for the kept heads and filters, layer by layer (Kwon et al. 2022, section 4.3).
 
 The teacher is the same weights under the masks searched at the square root of the budget. Going through the layers, the
 scales of the student's kept heads, then of its kept filters, are solved so that each output projection reproduces the
 teacher's residual sum on the calibration tokens; the student's inputs come from its own layers as tuned so far.
 
-Numbered as in the text of one layer:
+The steps of one layer:
   1. the teacher runs its layer once and gives both targets; the student's attention contexts give the first equations;
   2. head scales are solved, accepted or left at one; the student's FFN inputs and activations give the second ones;
   3. filter scales likewise; the student moves on to the next layer.
 Only the hidden states that enter one layer are kept for all rows, of teacher and student. A solution is accepted if its
 scales are within bounds and the reconstruction error falls on held-out rows; a layer that fails is left as it was and
-tuning goes on. (The paper's code stops at the first failure and tests on no unseen rows.) Where nothing but position 0
-of the last layer reaches the loss, as in a classifier, only it is reconstructed there.
+tuning goes on. (The paper's code stops at the first failure and tests on no held-out rows.) Where only position 0 of
+the last layer reaches the loss, as in a classifier, only that is reconstructed there.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.calibration.held_out import LayerInput
-from effnn.ltp.pruning.layer import SlicedLayer
 from effnn.ltp.pruning.least_squares import NormalEquations, Sums
 from effnn.ltp.pruning.masks import Masks, Shape
+from effnn.ltp.pruning.sliced_layer import SlicedLayer
 
 MAX_SCALE = 10.0
 """A solution with a scale outside [-10, 10] is not accepted (the paper's bound)."""
@@ -34,10 +34,16 @@ MAX_SCALE = 10.0
 
 @dataclass(frozen=True)
 class LayerTuning:
-    """What became of the scales of one layer and kind ("heads" or "filters").
+    """The scales of the heads or of the filters of one layer: whether they are used, and what they are worth.
 
-    error_before, error_after: squared reconstruction error a token, scales at one and as solved, on held-out rows (on
-    the fitted rows where none are held out). reason: why it was not accepted, "" if it was.
+    layer: its index.
+    kind: "heads" or "filters".
+    kept: number of scales.
+    accepted: whether the solved scales are used; otherwise they stay at one.
+    reason: why they were not accepted, "" if they were.
+    error_before: squared reconstruction error per token with scales at one, on held-out rows (on the fitted rows where
+        none are held out).
+    error_after: the same with the solved scales.
     """
 
     layer: int
@@ -67,11 +73,17 @@ def tune_masks(
 ) -> tuple[Masks, list[LayerTuning]]:
     """Masks of the same structure with tuned scales, and what was done layer by layer.
 
-    inputs: what enters the first layer, from `calibrate`; it is used up. masks: the student's, binary. teacher: masks
-    at the square root of the budget. max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations
-    from 2 to 3, up to this size in all; others are computed twice. offload: hidden states of teacher and student wait
-    on the CPU in this dtype while other rows are worked on (float32: nothing is lost; bfloat16: half the memory).
-    on_step is called after each half of a layer.
+    model: the dense one, stays as it is.
+    inputs: what enters the first layer, from `calibrate`; the list is emptied.
+    masks: the student's, binary.
+    teacher: masks at the square root of the budget.
+    solver: "ridge" or "lsmr", see `NormalEquations.solve`.
+    autocast: torch.bfloat16 runs the layers in it.
+    max_cached_bytes: attention contexts wait from step 1 to 2, and FFN activations from 2 to 3, up to this size in all;
+        others are computed twice.
+    offload: hidden states of teacher and student wait on the CPU in this dtype while other rows are worked on (float32:
+        nothing is lost; bfloat16: half the memory).
+    on_step: called twice per layer, after its heads and after its filters.
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
@@ -86,7 +98,7 @@ def tune_masks(
     done: list[LayerTuning] = []
     device, dtype = model.device, model.dtype
     first_only = all(batch.first_only for batch in inputs)
-    run = _Run([_Rows(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
+    run = _LayerSteps([_BatchStates(batch, device, dtype, offload) for batch in inputs], max_cached_bytes)
     inputs.clear()
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for index, layer in enumerate(layers):
@@ -116,7 +128,7 @@ def tune_masks(
     return tuned, done
 
 
-class _Rows:
+class _BatchStates:
     """Hidden states of one mini-batch on their way through the layers, teacher's and student's.
 
     Setting them puts them where they wait, reading them brings them back to the model's device and dtype.
@@ -163,10 +175,10 @@ class _Rows:
                 sums.add(inputs[rows][chosen], target[rows][chosen])
 
 
-class _Run:
+class _LayerSteps:
     """The three steps of one layer over all mini-batches."""
 
-    def __init__(self, batches: list[_Rows], max_cached_bytes: int):
+    def __init__(self, batches: list[_BatchStates], max_cached_bytes: int):
         self.batches, self.max_cached_bytes = batches, max_cached_bytes
         self.cached_bytes = 0
         self.tokens: int | None = None

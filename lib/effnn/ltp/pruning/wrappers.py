@@ -1,4 +1,4 @@
-"""What people pass where a plain transformers model is expected, by its name, and the way from it to that model.
+"""Models that are not plain transformers models: what each is called, and how to get the plain model from it.
 
 Third-party classes are recognised by class and module name, so that none of them needs to be installed.
 """

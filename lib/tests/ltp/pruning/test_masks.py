@@ -12,7 +12,8 @@ from effnn.ltp.pruning import adapters
 from effnn.ltp.pruning.adapters import LayerParts, adapter_for, register_adapter
 from effnn.ltp.pruning.masks import Masks, Shape, masked
 from effnn.ltp.pruning.shrinking import models as pruned_models
-from effnn.ltp.pruning.shrinking.models import load_pruned, register_pruned
+from effnn.ltp.pruning.shrinking.models import register_pruned
+from effnn.ltp.pruning.shrinking.saving import load_pruned
 from effnn.ltp.pruning.shrinking.shrink import shrink
 
 SHAPE = Shape(layers=LAYERS, heads=HEADS, filters=FILTERS, hidden=HIDDEN, head_size=HIDDEN // HEADS)

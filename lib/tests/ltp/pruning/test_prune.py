@@ -115,7 +115,7 @@ def test_scales_that_raise_the_held_out_loss_are_dropped_as_a_whole(monkeypatch,
 def test_the_teacher_keeps_the_square_root_of_the_budget(monkeypatch):
     import sys
 
-    module = sys.modules["effnn.ltp.prune"]
+    module = sys.modules["effnn.ltp.pruning.prune"]
     tune, teachers = module.tune_masks, []
 
     def spy(model, inputs, masks, teacher, **options):

@@ -7,8 +7,8 @@ from plain import ltp as plain_ltp
 
 from effnn.base import InvalidInput
 from effnn.ltp import MacCost, Macs, Masks, Shape, adapter_for, calibrate, masked, search_macs, tune_masks
-from effnn.ltp.pruning.layer import SlicedLayer, run_encoder
 from effnn.ltp.pruning.least_squares import RELATIVE_RIDGE, NormalEquations, Sums
+from effnn.ltp.pruning.sliced_layer import SlicedLayer, run_encoder
 
 
 def random_problem(block, units=6, tokens=40, hidden=10, seed=0, dtype=torch.float64):

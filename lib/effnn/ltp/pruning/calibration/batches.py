@@ -1,6 +1,6 @@
 """What a calibration batch is: how many rows it has, which of its entries are per row, and a batch of some of the rows.
 
-A batch is a dict of model inputs; with a loss of one's own it may also be a list, a tuple, or any of these nested. An
+A batch is a dict of model inputs; with a loss of your own it may also be a list, a tuple, or any of these nested. An
 entry is *per row* if it is a tensor or an array whose first dimension is the number of rows, or a plain list of that
 length; everything else (a position table of shape (1, S), a number, a flag, a text, None) belongs to the batch as a
 whole and is passed on as it is. The number of rows is read from one entry that is fixed beforehand, never from the
@@ -70,7 +70,7 @@ def row_count(batch: object) -> int:
     lengths = Counter(len(value) for _, value in entries(batch) if _is_array(value) and value.ndim > 0)
     if not lengths:
         found = f"a {type(batch).__name__}" + (f" of {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
-        raise InvalidInput(f"the calibration batch holds no tensor with one item a row: found {found}")
+        raise InvalidInput(f"the calibration batch holds no tensor with one item per row: found {found}")
     most = max(lengths.values())
     return min(length for length, count in lengths.items() if count == most)
 
@@ -98,7 +98,7 @@ def take(batch: object, rows: list[int]) -> object:
 
 
 def row_keys(batch: object) -> list[object]:
-    """One key a row, equal for rows of equal content: token ids without padding, pixels, or whatever the batch holds.
+    """One key per row, equal for rows of equal content: token ids without padding, pixels, or whatever the batch holds.
 
     Inputs may carry a prefix ("second_input_ids", with "second_attention_mask" beside it); without any such name every
     per-row entry counts but the labels.
@@ -131,7 +131,7 @@ def _bytes(value: object, mask: object, row: int) -> object:
 
 
 def _is_array(value: object) -> bool:
-    """A tensor, or another library's array (NumPy's), told by what it can do."""
+    """A tensor, or another library's array (NumPy's), recognised by its attributes."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "ndim"))
 
 

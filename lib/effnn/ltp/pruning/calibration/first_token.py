@@ -1,16 +1,18 @@
-"""Running the last layer for position 0 alone, where nothing else of it is read (ltp.md A.2).
+"""Running the last layer for position 0 only, where nothing else of it is read.
 
-The head of a classifier takes position 0 of the last hidden states. Behind the attention core of the last layer the
-other positions then lead nowhere: their gradient is zero, so the calibration pass leaves them out, forward and
-backward. And position 0 of what the last layer puts out is all that the loss of the same rows needs later on. Nothing
-is set for longer than a block; the model is not changed.
+The head of a classifier reads position 0 of the last hidden states. After the attention of the last layer, the gradient
+of all other positions is then zero, so the calibration pass leaves them out, forward and backward. For the dense loss
+of the same rows, position 0 of the last layer's output is all that is needed later on. All of this ends with its `with`
+block; the model is not changed.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from effnn.base import hooked
 from effnn.ltp.pruning.adapters import Adapter
 
 
@@ -19,7 +21,7 @@ def first_token_only(adapter: Adapter, layer: nn.Module) -> Iterator[None]:
     """Inside the block `layer`, the last one, computes position 0 only, from the output projection on.
 
     The residual sum of the attention block has all S positions again, by broadcasting; all but the first are wrong
-    there and are cut off in front of the FFN. What the layer puts out is (B, 1, d), or (B, S, d) with a first position
+    there and are cut off in front of the FFN. The output of the layer is (B, 1, d), or (B, S, d) with a first position
     that is right (pre-norm). A layer that cuts its FFN's input into chunks of a fixed length is left as it is.
     """
     if getattr(layer, "chunk_size_feed_forward", 0) > 1:
@@ -33,22 +35,22 @@ def first_token_only(adapter: Adapter, layer: nn.Module) -> Iterator[None]:
     def first_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output[:, :1]
 
-    handles = [parts.out.register_forward_pre_hook(first_input)]
     norm = parts.norm_after_attention or parts.norm_before_ffn
-    if norm is None:
-        handles.append(parts.fc1.register_forward_pre_hook(first_input))
-    else:
-        handles.append(norm.register_forward_hook(first_output))
-    try:
+
+    def set_hooks() -> Iterator[RemovableHandle]:
+        yield parts.out.register_forward_pre_hook(first_input)
+        if norm is None:
+            yield parts.fc1.register_forward_pre_hook(first_input)
+        else:
+            yield norm.register_forward_hook(first_output)
+
+    with hooked(set_hooks()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def layers_skipped(layers: Sequence[nn.Module], first: Tensor) -> Iterator[None]:
-    """Inside the block no layer computes anything: the last one puts out `first`, (B, 1, d), as it once did."""
+    """Inside the block no layer computes anything; the last one returns `first`, (B, 1, d), of an earlier pass."""
     before = [vars(layer).get("forward") for layer in layers]  # set where another library has wrapped it
 
     def passed_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:

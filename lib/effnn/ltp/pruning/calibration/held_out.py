@@ -1,8 +1,8 @@
-"""Which calibration rows are held out: kept from tuning and used to judge it (ltp.md A.6, [design]).
+"""Held-out calibration rows: mask tuning is not fitted to them, and their loss decides whether it is accepted.
 
-Held-out rows stand at the end of a batch, so that one forward pass serves fitted and held-out rows alike. Where the
-sequences that the encoder sees are not the rows of the batch (a loss of one's own that joins two inputs into one call),
-nobody can say which sequence belongs to which row, and batches are held out whole.
+Held-out rows stand at the end of a batch, so one forward pass runs fitted and held-out rows together. Where the
+sequences that the encoder sees are not the rows of the batch (a loss of your own that joins two inputs into one call),
+it is not known which sequence belongs to which row, and batches are held out whole.
 """
 
 import logging
@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 class LayerInput:
     """What one forward pass gives the first layer, and which of its sequences and tokens count.
 
-    states: (B, S, d), on the CPU where they were offloaded. attention_mask: as the model passes it to its layers (None
-    where there is nothing to mask). live: (B, S) bool, False at padding. held_out: the number of sequences, at
-    the end of the pass, kept out of tuning. first_only: nothing but position 0 of the last layer reaches the loss.
+    states: (B, S, d), on the CPU where they were offloaded.
+    attention_mask: as the model passes it to its layers (None where there is nothing to mask).
+    live: (B, S) bool, False at padding.
+    held_out: number of sequences, at the end of the pass, that tuning is not fitted to.
+    first_only: whether only position 0 of the last layer reaches the loss.
     """
 
     states: Tensor
@@ -50,8 +52,8 @@ class HeldOut:
 class KeptRows:
     """What is kept of every mini-batch: the first layer's inputs, and the held-out rows at its end.
 
-    Calibration rows are drawn with replacement, so a held-out row may stand among the fitted ones too; it would not be
-    unseen then, and is dropped from both sides of the judgement (its tokens are marked as not live).
+    Calibration rows are drawn with replacement, so a held-out row may also be a fitted one. It would then judge scales
+    that were fitted to it, so it does not count as held out (and its tokens there are marked as not live).
     """
 
     def __init__(self, holdout: float):
@@ -70,8 +72,11 @@ class KeptRows:
     ) -> None:
         """Add a batch.
 
-        passes: states, mask and live tokens of every forward pass over it. keep: the states as well.
-        first_only: whether the loss reads position 0 of the last layer alone. first: see `HeldOut`, of all rows.
+        batch: its entries.
+        passes: states, mask and live tokens of every forward pass over it.
+        keep: whether to keep the first layer's inputs.
+        first_only: whether the loss reads only position 0 of the last layer.
+        first: see `HeldOut`, of all rows.
         """
         size, sequences = row_count(batch), sequences_per_row(batch)
         aligned = all(len(states) == size * sequences for states, _, _ in passes)
@@ -118,7 +123,7 @@ class KeptRows:
 
 
 def held_out_loss(model: PreTrainedModel, rows: list[HeldOut], loss: Loss | None = None) -> float | None:
-    """Mean loss a label of `model` over these rows; None if they hold no label."""
+    """Mean loss per label of `model` over these rows; None if they hold no label."""
     return _mean_loss(model, [(held.batch, None) for held in rows], loss)
 
 

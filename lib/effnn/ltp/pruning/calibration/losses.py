@@ -1,14 +1,14 @@
-"""The loss that pruning follows: the model's own, or one that the caller brings; and how many labels it is a mean over.
+"""The loss that pruning follows: the model's own, or one that the caller passes; and the labels it is a mean over.
 
 A loss is a mean over labels. What a batch weighs in a mean over batches is therefore its number of labels, not of rows:
 
-- integer labels other than -100 count, one or several a row (classification: one; token classification and masked
+- integer labels other than -100 count, one or several per row (classification: one; token classification and masked
   language models: the labelled tokens; multiple choice: one);
 - of an answer span, the row counts if start and end lie within the window;
 - float labels (regression, several labels at once), and rows of a batch without known labels, count one each.
 
 A row without any label weighs nothing, and a batch without any is left out. The rule is the same for the model's own
-loss and for a loss of one's own, so that `loss=lambda model, batch: model(**batch).loss` changes nothing.
+loss and for a loss of your own, so that `loss=lambda model, batch: model(**batch).loss` changes nothing.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, hooked
 from effnn.ltp.pruning.calibration.batches import LABELS, entries, main_input
 
 IGNORED = -100
@@ -38,11 +38,8 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
     """
     if loss is not None:
         ran = []
-        handle = model.base_model.register_forward_pre_hook(lambda *_: ran.append(True))
-        try:
+        with hooked([model.base_model.register_forward_pre_hook(lambda *_: ran.append(True))]):
             value = loss(model, batch)
-        finally:
-            handle.remove()
         if not ran:
             raise InvalidInput(
                 f"loss(model, batch) did not run the model that it was given, {type(model).__name__}: it must call its "
@@ -56,13 +53,22 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
             )
             raise InvalidInput(
                 f"loss(model, batch) returned {found}: expected the mean loss of the batch, a float tensor of one "
-                "element (return output.loss of a model output, losses.mean() of losses a row)"
+                "element (return output.loss of a model output, losses.mean() of losses per row)"
             )
         return value.reshape(()).float()
+    output = _forward(model, batch, where)
+    value = getattr(output, "loss", None)
+    if value is None:
+        raise InvalidInput(missing_labels(model, batch))
+    return value.float()
+
+
+def _forward(model: PreTrainedModel, batch: Mapping, where: str) -> object:
+    """The output of the model on the batch; InvalidInput if it does not run."""
     # a configuration may ask for tuples, which do not say which of their items is the loss
     options = {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
     try:
-        output = model(**batch | options)
+        return model(**batch | options)
     except _RAW_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
             raise
@@ -70,14 +76,10 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
             f"{type(model).__name__} does not run on {where} ({described(batch)}), expected a batch on which "
             f"model(**batch) runs: {type(error).__name__}: {error}"
         ) from error
-    value = getattr(output, "loss", None)
-    if value is None:
-        raise InvalidInput(missing_labels(model, batch))
-    return value.float()
 
 
 def missing_labels(model: PreTrainedModel, batch: Mapping) -> str:
-    """What to say of a batch from which the model makes no loss."""
+    """The message for a batch from which the model makes no loss."""
     return (
         f"the calibration batches carry no labels that {type(model).__name__} takes (found {sorted(batch)}): "
         'expected "labels" for classification or "start_positions" and "end_positions" for question answering. '
@@ -101,13 +103,7 @@ def drawn_labels(
 ) -> tuple[Tensor, dict]:
     """The loss on labels drawn from the model's own prediction, and the batch with these labels."""
     batch = {name: value for name, value in batch.items() if name not in LABELS}
-    options = {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
-    try:
-        logits = getattr(model(**batch | options), "logits", None)
-    except _RAW_ERRORS as error:
-        raise InvalidInput(
-            f"{type(model).__name__} does not run on {where} ({described(batch)}): {type(error).__name__}: {error}"
-        ) from error
+    logits = getattr(_forward(model, batch, where), "logits", None)
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or several:
         raise InvalidInput('labels="model" needs a classification head that chooses one of at least two classes')

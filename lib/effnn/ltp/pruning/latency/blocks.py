@@ -1,19 +1,19 @@
-"""Latency of an encoder's attention and FFN blocks at reduced widths (ltp.md A.4).
+"""Latency of an encoder's attention and FFN blocks at reduced widths.
 
 How it is measured. Each pass is one forward of a whole model of the user's own class: as many layers as the model has,
-each cut to some number of heads and of filters. A mark in time is taken when a layer begins, when its attention block
-ends (after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends;
-what is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
+each cut to some number of heads and of filters. The time is read when a layer begins, when its attention block ends
+(after the normalisation that follows attention, or before the one that precedes the FFN) and when the layer ends; what
+is outside the layers (embeddings, masks, pooler, head) is the rest. Residual sums and normalisations are in.
 
-Why so. What is wanted is the latency of assembled models, so assembled models are what runs: blocks find the caches and
-the allocator as their predecessors leave them, nothing has to be subtracted, and the parts add up to the forward pass
-that they were read from. On a GPU nothing waits between blocks (the marks are events in the stream). A block without
-heads or filters runs what is left of it: a bias, the residual sum, the normalisations.
+Why. The table predicts assembled models, so assembled models are what runs: blocks find the caches and the allocator as
+the blocks before them leave these, nothing has to be subtracted, and the parts add up to the measured forward pass. On
+a GPU nothing waits between blocks (the marks are events in the stream). A block without heads or filters runs what is
+left of it: a bias, the residual sum, the normalisations.
 
 A noisy machine. Every round draws new passes, so that a width meets other partners and positions, takes every width at
 least once, and runs the dense model in turn with them. Times count as shares of the dense model's in the same round, so
 that drift hits all alike; medians over the rounds ignore what happens once. The dense runs give the full widths, too,
-so that the table's dense model is the one that ratios refer to. Nothing is asked of the clock but numbers.
+so that the table's dense model is the one that ratios refer to. Nothing here relies on times that rise or are positive.
 """
 
 import copy
@@ -29,21 +29,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from effnn.base import evaluating
 from effnn.ltp.pruning.adapters import Adapter, adapter_for
-from effnn.ltp.pruning.latency.measure import evaluating, random_inputs
+from effnn.ltp.pruning.latency.measure import random_inputs
 from effnn.ltp.pruning.masks import Shape
 from effnn.ltp.pruning.shrinking.cut import cut
 
-PASSES_A_DENSE_RUN = 3
+PASSES_PER_DENSE_RUN = 3
 """Passes of cut models between two runs of the dense one; each round has two dense runs at least."""
 
 BETWEEN = 12
-"""Numbers of filters between multiples of the grid that are measured, about."""
+"""About how many numbers of filters between multiples of the grid are measured."""
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Median ms. heads, filters: number kept -> block; rest_ms: outside the layers; dense_ms: the dense model."""
+    """Median ms: of a block by the heads or filters it keeps, outside the layers, and of the dense model."""
 
     heads: dict[int, float]
     filters: dict[int, float]
@@ -67,16 +68,21 @@ class PassTimes:
 def measure_blocks(
     model: PreTrainedModel, batch: int, seq_len: int, grid: int, repeats: int, progress: bool = True
 ) -> BlockTimes:
-    """Time the attention block for every number of heads and the FFN block for the numbers of `measured_filters`.
+    """Median ms of the attention block by its heads, and of the FFN block by its filters.
 
-    The model stays as it is; it is timed on the device and in the dtype it has, in evaluation mode.
+    model: stays as it is; it is timed on the device and in the dtype it has, in evaluation mode.
+    batch: rows of an input.
+    seq_len: tokens per row.
+    grid: FFN blocks are timed at its multiples and at some numbers between (`measured_filters`).
+    repeats: rounds that count; one more warms up.
+    progress: whether to show a progress bar.
     """
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
     heads = list(range(shape.heads + 1))
     filters = measured_filters(shape.filters, grid)
     passes = math.ceil(max(len(heads), len(filters)) / shape.layers)  # so that a round takes every width at least once
-    dense_runs = max(2, math.ceil(passes / PASSES_A_DENSE_RUN))
+    dense_runs = max(2, math.ceil(passes / PASSES_PER_DENSE_RUN))
     full = [shape.heads] * shape.layers, [shape.filters] * shape.layers
     shares = _Shares(heads, filters)
     order = random.Random(0)
@@ -115,8 +121,8 @@ def measure_blocks(
 def measured_filters(most: int, grid: int) -> list[int]:
     """0, the multiples of `grid`, `most`; and 1, `most` - 1 and some odd numbers half-way between multiples.
 
-    Matrix products are tiled: a width that is no multiple of a vector or a tile takes a good deal longer than one that
-    is. A straight line from multiple to multiple would know nothing of that, and most numbers are no multiples.
+    Matrix products are tiled: a width that is no multiple of a vector or a tile takes much longer than one that
+    is. A straight line from multiple to multiple would miss that for most numbers.
     """
     multiples = list(range(grid, most, grid))
     step = max(1, len(multiples) // BETWEEN)

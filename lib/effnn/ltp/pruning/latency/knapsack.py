@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option of every group, greatest total value within a budget.
+"""The multiple-choice knapsack: pick one option of every group, for the greatest total value within a budget.
 
 The mask search under a latency budget is this problem: a group is one layer's heads or filters, an option is how many
 of them to keep, its value the importance kept and its cost a latency read from a table. Three steps, as in Pisinger
@@ -15,16 +15,23 @@ from torch import Tensor
 
 from effnn.base import InvalidInput
 
-MAX_STATES = 2048  # states kept after each group, and
-MAX_OPTIONS = 512  # options of one group: beyond these a cost bin keeps its most valuable member only
+MAX_STATES = 2048
+"""States kept after each group; beyond these a cost bin keeps its most valuable member only."""
+
+MAX_OPTIONS = 512
+"""Options of one group; beyond these likewise."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """picks: chosen option of each group; value, cost: their sums; bound: no solution is worth more than this.
+    """A solution.
 
+    picks: chosen option of each group.
+    value: of all picks together.
+    cost: of all picks together.
+    bound: no solution is worth more than this.
     exact: nothing was binned, so no solution is better than this one. If False, the value is at least the optimum of a
-    budget smaller by one bin a group: 1/2048 of the budget, or 1/512 of a group's costs, whichever applies.
+        budget smaller by one bin per group: 1/2048 of the budget, or 1/512 of a group's costs, whichever applies.
     """
 
     picks: list[int]
@@ -150,7 +157,7 @@ def _states(
     for group in range(len(cost)):
         options = (keep[group] & value[group].isfinite()).nonzero().flatten()
         if len(options) > MAX_OPTIONS:
-            options, exact = options[_one_a_bin(cost[group, options], MAX_OPTIONS)], False
+            options, exact = options[_one_per_bin(cost[group, options], MAX_OPTIONS)], False
         cheapest = cheapest - cost[group, 0]  # of the groups still to come
         reduced_top = reduced_top + top[group]
         new_cost = (cost_so_far.unsqueeze(1) + cost[group, options]).flatten()
@@ -161,7 +168,7 @@ def _states(
             return None, exact
         index = index[_undominated(new_cost[index], new_value[index])]
         if len(index) > MAX_STATES:
-            index, exact = index[_one_a_bin(new_cost[index], MAX_STATES)], False
+            index, exact = index[_one_per_bin(new_cost[index], MAX_STATES)], False
         cost_so_far, value_so_far = new_cost[index], new_value[index]
         trail.append((index // len(options), options[index % len(options)]))
     state = len(value_so_far) - 1  # values rise with costs, so the last is the best
@@ -172,7 +179,7 @@ def _states(
     return torch.tensor(picks[::-1]), exact
 
 
-def _one_a_bin(cost: Tensor, bins: int) -> Tensor:
+def _one_per_bin(cost: Tensor, bins: int) -> Tensor:
     """The last, dearest and most valuable, member of each of `bins` equal cost ranges; `cost` ascends."""
     width = (cost[-1] - cost[0]) / bins
     bin_of = ((cost - cost[0]) / width).floor()

@@ -1,19 +1,18 @@
-"""Latency of whole models on random inputs: what predicted latencies are compared with in the end (ltp.md A.4).
+"""Latency of whole models on random inputs: what predicted latencies are compared with.
 
-Models are interleaved, warmed up, and get different inputs in turn; ratios are to be taken round by round
-(`Timing.over`). Also here: where a model runs and what it is fed with, shared with `latency_blocks`.
+Models are interleaved, warmed up, and get different inputs in turn; take ratios round by round (`Timing.over`). Also
+here: the device a model runs on and the inputs it gets, for blocks.py too.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput, NotAvailable, Timing, interleave
+from effnn.base import InvalidInput, NotAvailable, Timing, evaluating, interleave
 
 
 def measure_latency(
@@ -34,9 +33,17 @@ def compare_latency(
 ) -> dict[str, Timing]:
     """Seconds of whole forward passes of several models, interleaved: name -> `effnn.base.Timing`.
 
-    Text encoders get random token ids without padding, vision encoders random pixels; four such inputs take turns.
+    models: text encoders get random token ids without padding, vision encoders random pixels; four such inputs take
+        turns.
+    batch: rows of an input.
+    seq_len: tokens per row; a vision encoder's length is its own.
     device: where the models run (None: where the first one is); a model that is elsewhere is copied there.
+    repeats: rounds, in each of which every model runs once.
+    warmup: rounds before these.
     dtype: what they run in (None: each in its own).
+
+    Raises InvalidInput for no model, a longer length than a model has positions for, or a device other than CPU and
+    CUDA; NotAvailable for a device that is not here.
     """
     if not models:
         raise InvalidInput("compare_latency: expected at least one model")
@@ -78,19 +85,6 @@ def placed_copy(model: PreTrainedModel, device: torch.device | None, dtype: torc
     device, dtype = device or model.device, dtype or model.dtype
     same_place = model.device.type == device.type and (device.index is None or model.device.index == device.index)
     return model if same_place and model.dtype == dtype else copy.deepcopy(model).to(device=device, dtype=dtype)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module gets its own mode back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def random_inputs(model: PreTrainedModel, batch: int, seq_len: int, count: int = 4) -> list[dict[str, Tensor]]:

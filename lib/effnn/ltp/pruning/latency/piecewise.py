@@ -1,10 +1,10 @@
-"""The paper's latency model and its search (Kwon et al. 2022; ltp.md A.4): `latency_model="piecewise"`.
+"""The paper's latency model and its search (Kwon et al. 2022, section 4.1): `latency_model="piecewise"`.
 
-Latency over the number n of units kept in a layer is taken as 0 for n = 0, a constant c up to n = T, and c + a (n - T)
-beyond. A layer's best T units are its base, kept or dropped as a whole; the others are extras at cost a each, ranked
-over all layers. The search tries every number of dropped attention and FFN blocks. It is a heuristic (which blocks go
-is decided by their base importance alone); `knapsack` needs no such model. The defects of the published search that
-ltp.md lists are not repeated here: the budget stays what it is, base importance counts, and all extremes are tried.
+The latency of a block with n kept units is modelled as 0 for n = 0, a constant c up to n = T, and c + a (n - T) beyond.
+A layer's best T units are its base, kept or dropped as a whole; the others are extras at cost a each, ranked over all
+layers. The search tries every number of dropped attention and FFN blocks. It is a heuristic (which blocks go is decided
+by their base importance alone); knapsack.py needs no such model. Unlike in the published code, the budget is the same
+for all tries, base importance counts, and all blocks of a kind may go.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from effnn.base import InvalidInput
+from effnn.ltp.pruning.ranking import rank_across_layers
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Piecewise:
 
 
 def fit_piecewise(ms: Sequence[float]) -> Piecewise:
-    """Least-squares fit over every T. ms: latencies of 1, 2, ... N units above that of none (ltp.md A.4).
+    """Least-squares fit over every T. ms: latencies of 1, 2, ... N units above that of none.
 
     For each T, c is the mean of the first T and a the slope of the rest through (T, c), neither below 0.
     """
@@ -38,7 +40,7 @@ def fit_piecewise(ms: Sequence[float]) -> Piecewise:
     if latency.ndim != 1 or len(latency) == 0 or not latency.isfinite().all():
         raise InvalidInput("fit_piecewise: expected the finite latencies of 1, 2, ... units")
     count = torch.arange(1, len(latency) + 1, dtype=torch.float64)
-    # the sums of A.4 for all T at once: over n > T of m, m^2, y, m y and y^2, where m = n - T
+    # the sums for all T at once: over n > T of m, m^2, y, m y and y^2, where m = n - T
     above = len(latency) - count
     m = above * (above + 1) / 2
     mm = above * (above + 1) * (2 * above + 1) / 6
@@ -56,8 +58,24 @@ def fit_piecewise(ms: Sequence[float]) -> Piecewise:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """The heads or the filters: base and extras under one fit. ranked: (L, N) importances, descending in each layer."""
+class _KeptBlocks:
+    """One number of dropped blocks of a kind, and which of the extras are still there to choose from.
+
+    kept: (L,), False for a dropped block.
+    cost: ms of the kept bases.
+    importance: (N + 1,), of the kept bases with the first 0, 1, ... N extras.
+    layer: (N,), of each extra.
+    """
+
+    kept: Tensor
+    cost: float
+    importance: Tensor
+    layer: Tensor
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The attention or the FFN blocks under one fit. ranked: (L, N) importances, falling in each layer."""
 
     ranked: Tensor
     fit: Piecewise
@@ -67,44 +85,35 @@ class _Kind:
     def base(self) -> int:
         return max(self.fit.base, self.minimum)
 
-    def plans(self) -> list["_Plan"]:
-        """What is left to choose after dropping 0, 1, ... L blocks, those of least base importance first."""
-        base_value = self.ranked[:, : self.base].sum(dim=1)
-        order = base_value.argsort(stable=True)
-        extras = self.ranked[:, self.base :].flatten()
-        by_value = extras.argsort(descending=True, stable=True)
-        owner = by_value // max(self.ranked.shape[1] - self.base, 1)
-        plans = []
+    def dropping(self) -> list[_KeptBlocks]:
+        """What remains after dropping 0, 1, ... L blocks, those of least base importance first."""
+        base_importance = self.ranked[:, : self.base].sum(dim=1)
+        order = base_importance.argsort(stable=True)
+        extras, layer = rank_across_layers(self.ranked[:, self.base :])
+        found = []
         for dropped in range(1 if self.minimum > 0 else len(order) + 1):
             kept = torch.ones(len(order), dtype=torch.bool)
             kept[order[:dropped]] = False
-            still = kept[owner]
-            worth = torch.cat([extras.new_zeros(1), extras[by_value[still]].cumsum(0)])
-            cost = int(kept.sum()) * self.fit.ms(self.base)
-            plans.append(_Plan(kept, cost, base_value[kept].sum() + worth, owner[still]))
-        return plans
+            still = kept[layer]
+            importance = base_importance[kept].sum() + pad(extras[still].cumsum(0), (1, 0))
+            found.append(_KeptBlocks(kept, int(kept.sum()) * self.fit.ms(self.base), importance, layer[still]))
+        return found
 
-    def counts(self, plan: "_Plan", extras: int) -> list[int]:
+    def counts(self, blocks: _KeptBlocks, extras: int) -> list[int]:
         """Units kept in each layer."""
-        extra = torch.bincount(plan.owner[:extras], minlength=len(plan.kept))
-        return (plan.kept * self.base + extra).tolist()
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One number of dropped blocks. kept: (L,); cost: of the kept bases; worth: importance with 0, 1, ... extras."""
-
-    kept: Tensor
-    cost: float
-    worth: Tensor
-    owner: Tensor
+        extra = torch.bincount(blocks.layer[:extras], minlength=len(blocks.kept))
+        return (blocks.kept * self.base + extra).tolist()
 
 
 class PiecewiseSearch:
-    """The search over dropped blocks and extras; the rankings are made once, `within` may be asked many budgets.
+    """The search over dropped blocks and extras; units are ranked once, for all budgets that `within` is called with.
 
-    head_ranked: (L, H), filter_ranked: (L, N), importances in descending order in each layer. min_heads, min_filters:
-    kept in every layer (a block with a minimum is never dropped).
+    head_ranked: (L, H), importances, falling in each layer.
+    filter_ranked: (L, N), likewise.
+    head_fit: latency of an attention block by its heads.
+    filter_fit: latency of an FFN block by its filters.
+    min_heads: kept in every layer; a block with a minimum is never dropped.
+    min_filters: likewise.
     """
 
     def __init__(
@@ -116,28 +125,28 @@ class PiecewiseSearch:
         min_heads: int = 0,
         min_filters: int = 0,
     ):
-        self.heads = _Kind(head_ranked, head_fit, min_heads)
-        self.filters = _Kind(filter_ranked, filter_fit, min_filters)
-        self._head_plans, self._filter_plans = self.heads.plans(), self.filters.plans()
+        self.heads = _Blocks(head_ranked, head_fit, min_heads)
+        self.filters = _Blocks(filter_ranked, filter_fit, min_filters)
+        self._kept_heads, self._kept_filters = self.heads.dropping(), self.filters.dropping()
 
     def within(self, budget: float) -> tuple[list[int], list[int]] | None:
         """Heads and filters to keep in each layer, of the greatest importance within `budget` ms, or None."""
         head_ms, filter_ms = self.heads.fit.slope_ms, self.filters.fit.slope_ms
         best = None
-        for heads in self._head_plans:
-            for filters in self._filter_plans:
+        for heads in self._kept_heads:
+            for filters in self._kept_filters:
                 rest = budget - heads.cost - filters.cost
                 if rest < 0:
                     continue
-                n_heads = torch.arange(len(heads.worth))
+                n_heads = torch.arange(len(heads.importance))
                 left = rest - n_heads * head_ms
                 n_heads, left = n_heads[left >= 0], left[left >= 0]
-                most = len(filters.worth) - 1
+                most = len(filters.importance) - 1
                 fitting = (left / filter_ms).floor().clamp(max=most) if filter_ms > 0 else torch.full_like(left, most)
-                worth = heads.worth[n_heads] + filters.worth[fitting.long()]
-                at = int(worth.argmax())
-                if best is None or float(worth[at]) > best[0]:
-                    best = float(worth[at]), heads, int(n_heads[at]), filters, int(fitting[at])
+                importance = heads.importance[n_heads] + filters.importance[fitting.long()]
+                at = int(importance.argmax())
+                if best is None or float(importance[at]) > best[0]:
+                    best = float(importance[at]), heads, int(n_heads[at]), filters, int(fitting[at])
         if best is None:
             return None
         _, heads, n_heads, filters, n_filters = best

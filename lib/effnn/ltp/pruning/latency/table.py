@@ -1,9 +1,9 @@
-"""The latency target, and the table that predicts a pruned model's latency (ltp.md A.4; Kwon et al. 2022).
+"""The latency target, and the table that predicts a pruned model's latency (Kwon et al. 2022, section 4.1).
 
 A table holds the milliseconds of one layer's attention block for every number of heads and of its FFN block for every
-number of filters, and of everything outside the layers. Layers of an encoder are alike, so one pair of columns serves
-all. Predictions add up: whether that holds is for `compare_latency` to show on the assembled model. A table belongs to
-one device, dtype, batch and length; nothing here extrapolates from one to another.
+number of filters, and of everything outside the layers. The layers of an encoder are alike, so one pair of columns
+serves all. Predictions add these up; `compare_latency` shows on the assembled model whether that holds. A table belongs
+to one device, dtype, batch and length; nothing here extrapolates from one to another.
 """
 
 import json
@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, write_json
@@ -29,15 +31,21 @@ _LEAST_MS = 1e-6
 class Latency:
     """Target: a latency of at most `ratio` of the dense model's, everything outside the layers included.
 
-    The search plans by a table of measured blocks; `prune` then measures what it planned (`latency_plan`).
+    The search goes by a table of measured blocks; `prune` then measures what it proposes (`search_measured`).
 
-    ratio: in (0, 1]. batch, seq_len: of the deployed model's inputs (a vision encoder's length is its own).
-    device, dtype: where and in what it will run; None takes the model's. dtype: torch's or its name ("bfloat16").
-    latency_model: "table" searches the measured table itself, "piecewise" the paper's fit to it. grid: filters are
-    timed at multiples of it, which the search prefers where they are faster, and at some numbers between. repeats:
-    timed runs, of which the median counts. corrections: how often the search may be repeated where the assembled model,
-    measured in turn with the dense one, is over the budget; 0 takes the table at its word. min_heads, min_filters: kept
-    in every layer whatever their importance.
+    ratio: in (0, 1].
+    batch: rows of the deployed model's inputs.
+    seq_len: tokens per row (a vision encoder's length is its own).
+    device: where it will run; None takes the model's.
+    dtype: what it will run in, torch's or its name ("bfloat16"); None takes the model's.
+    latency_model: "table" searches the measured table itself, "piecewise" the paper's fit to it.
+    grid: filters are timed at multiples of it, which the search prefers where they are faster, and at some numbers
+        between.
+    repeats: timed runs, of which the median counts.
+    corrections: how often the search may be repeated where the assembled model, measured in turn with the dense one, is
+        over the budget; 0 believes the table.
+    min_heads: kept in every layer whatever their importance.
+    min_filters: likewise.
     """
 
     ratio: float
@@ -75,7 +83,7 @@ class Latency:
         return dtype
 
     def relaxed(self) -> "Latency":
-        """The teacher's target in mask tuning: the square root of the ratio (A.6)."""
+        """The teacher's target in mask tuning: the square root of the ratio (section 4.3)."""
         return replace(self, ratio=math.sqrt(self.ratio))
 
 
@@ -83,10 +91,17 @@ class Latency:
 class LatencyTable:
     """Milliseconds of the blocks of a layer by what they keep, and of the rest of the model.
 
-    head_ms: (H + 1,), filter_ms: (F + 1,): attention and FFN block, residual sum and normalisations included, with
-    0, 1, ... heads or filters kept. rest_ms: everything outside the layers. head_points, filter_points: the measured
-    (count, median ms) before they were made monotone. dense_ms: the dense model measured in the same run, or None.
-    batch, seq_len, device, dtype: what the table was measured with; None for a table from values.
+    head_ms: (H + 1,), of the attention block with 0, 1, ... heads, residual sum and normalisations included.
+    filter_ms: (F + 1,), of the FFN block with 0, 1, ... filters, likewise.
+    rest_ms: of everything outside the layers.
+    head_points: the measured (heads, median ms) before they were made non-decreasing.
+    filter_points: likewise, of filters.
+    dense_ms: of the dense model, measured in the same run; None if it was not.
+    batch: rows of the inputs; like all that follows, None (or empty) for a table from values.
+    seq_len: tokens per row.
+    device: type of the device.
+    dtype: name of the dtype.
+    provenance: machine, versions and settings of the measurement.
     """
 
     head_ms: tuple[float, ...] = field(repr=False)
@@ -121,11 +136,11 @@ class LatencyTable:
 
     @classmethod
     def measure(cls, model: PreTrainedModel, target: Latency, progress: bool = True) -> "LatencyTable":
-        """The table of `model` under `target`; how the blocks are timed is told in `latency_blocks`.
+        """The table of `model` under `target`; how the blocks are timed is described in blocks.py.
 
         Measured points are made non-decreasing (isotonic regression) and joined by straight lines, whatever the clock
-        says; of filters, the multiples of the grid by themselves and the numbers between them by themselves, as the
-        latter take longer. Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that
+        says; the multiples of the grid and the numbers of filters between them separately, as the latter take longer.
+        Raises InvalidInput for an unknown or already pruned model, NotAvailable for a device that
         is not here.
         """
         placed = placed_copy(model, check_device(target.device), target.torch_dtype())
@@ -190,7 +205,7 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":
-        """Read a table that `save` wrote; InvalidInput if the file is none."""
+        """Read a table that `save` wrote; InvalidInput for any other file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values.pop("format") != _FORMAT:
@@ -204,18 +219,6 @@ class LatencyTable:
             raise InvalidInput(
                 f"{path}: not a latency table ({error}); expected a file of LatencyTable.save"
             ) from error
-
-
-def isotonic(values: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in least squares (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []  # mean and size
-    for value in values:
-        mean, size = float(value), 1
-        while pools and pools[-1][0] >= mean:
-            before, count = pools.pop()
-            mean, size = (before * count + mean * size) / (count + size), count + size
-        pools.append((mean, size))
-    return [mean for mean, size in pools for _ in range(size)]
 
 
 def _even(points: dict[int, float]) -> tuple[float, ...]:
@@ -238,9 +241,7 @@ def _tiled(points: dict[int, float], grid: int) -> tuple[float, ...]:
 
 
 def _interpolated(points: dict[int, float]) -> tuple[float, ...]:
+    """Ms of 0, 1, ... units: the measured points made non-decreasing by least squares, joined by straight lines."""
     counts = sorted(points)
-    levels = isotonic([points[count] for count in counts])
-    values = [levels[0]]
-    for left, right, low, high in zip(counts, counts[1:], levels, levels[1:], strict=False):
-        values += [low + (high - low) * step / (right - left) for step in range(1, right - left + 1)]
-    return tuple(values)
+    levels = isotonic_regression([points[count] for count in counts]).x
+    return tuple(np.interp(range(counts[-1] + 1), counts, levels).tolist())

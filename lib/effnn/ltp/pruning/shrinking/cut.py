@@ -1,9 +1,9 @@
-"""Cutting the layers of a freshly built encoder to kept heads and filters: sizes only, values come later (ltp.md A.10).
+"""Cutting the layers of a freshly built encoder to kept heads and filters: sizes only, values come later.
 
 Attention cores infer their number of heads from the width of the projections, so smaller linear maps are enough, except
-where no head is left: there the core is told to compute nothing, which is faster, and empty attention is more than some
-export formats take. Linear maps that lose all rows or all columns become an `EmptyLinear`, since quantizers take the
-range of their weights and inputs, and a range of nothing gives wrong numbers or ends the process.
+where no head is left: there the core computes nothing, which is faster, and some export formats do not support empty
+attention. Linear maps that lose all rows or all columns become an `EmptyLinear`, since quantizers take the range of
+weights and inputs, and the range of an empty tensor gives wrong numbers or ends the process.
 """
 
 import functools
@@ -32,7 +32,7 @@ def cut(
     for what, kept in (("kept_heads", kept_heads), ("kept_filters", kept_filters)):
         if kept is not None and len(kept) != len(layers):
             raise InvalidInput(
-                f"{what} of the configuration: expected {len(layers)} lists, one a layer; found {len(kept)}"
+                f"{what} of the configuration: expected {len(layers)} lists, one per layer; found {len(kept)}"
             )
     for index, layer in enumerate(layers):
         parts = adapter.parts(layer)
@@ -88,7 +88,7 @@ class EmptyLinear(nn.Module):
 class NoHeads:
     """Mixed into the attention class of a layer that has no head left: what remains is the output projection's bias.
 
-    It stays an instance of that class, so that `output_attentions` still has one entry a layer: maps of 0 heads.
+    It stays an instance of that class, so that `output_attentions` still has one entry per layer: maps of 0 heads.
     """
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

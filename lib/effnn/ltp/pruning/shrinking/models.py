@@ -1,15 +1,17 @@
-"""Pruned encoders as transformers models: stock classes whose layers differ in heads and filters (ltp.md A.10).
+"""Pruned encoders as transformers models: stock classes whose layers differ in heads and filters.
 
 Each stock class gets a subclass with "Pruned" before its name (PrunedBertForSequenceClassification, ...) and each
-configuration one that holds which heads and filters of the dense model were kept. The sizes are read from it when the
-model is built, so `save_pretrained`, `from_pretrained` and the Auto classes work. Importing this file registers them.
-Registering only ever adds: a stock class with its configuration class has one pruned class for as long as the process
-lives, and pickles name the stock classes, which every process can import. How a layer is cut is in cut.py, how a dense
-model becomes one of these in shrink.py.
+configuration class one that says which heads and filters of the dense model were kept. The sizes are read from it when
+the model is built, so `save_pretrained`, `from_pretrained` and the Auto classes work. Importing this file registers
+them. Registering never replaces: a stock class with its configuration class has one pruned class until the process
+ends. Pickles name the stock classes, which every process can import. cut.py cuts a layer, shrink.py makes one of these
+models from a dense one, saving.py loads it.
 """
 
-import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -17,17 +19,19 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from effnn.base import InvalidInput
+from effnn.base import InvalidInput, temporary_folder
 from effnn.ltp.pruning.adapters import PRUNED_PREFIX, Adapter, adapter_for_type
 from effnn.ltp.pruning.shrinking.cut import cut
-from effnn.ltp.pruning.shrinking.folder import CONFIG, whole_folder
 from effnn.ltp.pruning.shrinking.registering import (
     auto_class,
     check_kinds,
+    check_names,
     check_takes,
-    check_told_apart,
     same_definition,
 )
+
+CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 _FAMILIES = {
     "Bert": "text",
@@ -101,6 +105,31 @@ class PrunedMixin:
         return _blank_model, (self.dense_class, self.config_class.dense_class), self.__dict__
 
 
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder; on success its files replace those of the same name in `target`, on an error none do.
+
+    They are moved one by one, and what else lies in `target` stays. `config.json`, without which nothing loads, goes
+    first from the old content and comes last in the new one, so a killed process leaves no folder that seems whole.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InvalidInput(f"{target} is a file; expected a folder to save the model in")
+    target.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
+        yield temporary
+        names = sorted((path.name for path in temporary.iterdir()), key=lambda name: (name == CONFIG, name))
+        if CONFIG in names:
+            (target / CONFIG).unlink(missing_ok=True)
+        # a loader prefers one weight file to several: those of an earlier save must not outlive it
+        if any(name.endswith(".safetensors") for name in names):
+            for old in target.iterdir():
+                if _WEIGHTS.fullmatch(old.name):
+                    old.unlink()
+        for name in names:
+            os.replace(temporary / name, target / name)
+
+
 def _blank_config(dense_config: type[PreTrainedConfig]) -> PreTrainedConfig:
     found = _pruned_config(dense_config)
     return found.__new__(found)
@@ -154,14 +183,14 @@ def register_pruned(
 ) -> list[type[PreTrainedModel]]:
     """Make pruned classes of stock classes and register them with the Auto classes; returns them.
 
-    For one more class of a known family, or for a family of one's own beside `register_adapter`. It adds and never
+    For one more class of a known family, or for a family of your own beside `register_adapter`. It adds and never
     replaces; what is registered already is returned as it is. A model class is registered with the Auto class of its
     ending (Model, ForSequenceClassification, ...); where several share one, Auto takes the class that the folder names,
     else the first. One without such an ending loads through `load_pruned` only. Call it in every process that loads
     such a model. A class that is defined anew, as in a notebook cell run twice, takes its own place.
 
     A configuration class with the model type of another one gets its own name added to the type of its pruned models.
-    InvalidInput if the classes do not belong together, or cannot be told by name from others in a saved folder.
+    InvalidInput if the classes do not belong together, or have the name of others that a saved folder may mean.
     """
     _check_classes(config_class, model_classes)
     config = _pruned_config(config_class)
@@ -187,6 +216,15 @@ def register_pruned(
             }
             auto.register(config, tuple(alike.values()) if len(alike) > 1 else pruned, exist_ok=True)
     return [_PRUNED[model_class, config_class] for model_class in model_classes]
+
+
+def registered(model_type: str, name: str) -> type[PreTrainedModel] | None:
+    """The pruned class of this model type that has this name, or whose stock class has it; the latest of several."""
+    alike = [known for known in reversed(_PRUNED.values()) if known.config_class.model_type == model_type]
+    # the encoder inside a model with a head is of the stock class, and says so when it is saved alone
+    ranked = [known for known in alike if known.__name__ == name]
+    ranked += [known for known in alike if known.dense_class.__name__ == name]
+    return ranked[0] if ranked else None
 
 
 def _pruned_config(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -227,50 +265,7 @@ def _check_classes(config_class: type[PreTrainedConfig], model_classes: Sequence
     pairs = [(config_class, other) for other in _CONFIGS if _pruned_type(other) == _pruned_type(config_class)]
     models = [*model_classes, *(other for other, of in _PRUNED if of is config_class)]
     pairs += [(each, other) for each in model_classes for other in models if each.__name__ == other.__name__]
-    check_told_apart(pairs)
-
-
-def load_pruned(folder: str | Path, **options) -> PreTrainedModel:
-    """The pruned model saved in `folder`, in eval mode, with the class it was saved from.
-
-    options go to `from_pretrained` (dtype, device_map, attn_implementation, ...). InvalidInput if the folder holds
-    another kind of model, or is half written.
-    """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise InvalidInput(
-            f"{folder} holds no {CONFIG}: expected the folder of a saved pruned model (or it is half written)"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        model_type, names = str(config.get("model_type")), config.get("architectures") or [""]
-    except (ValueError, AttributeError) as error:
-        raise InvalidInput(f"{path} cannot be read as a model configuration ({error}); save the model again") from error
-    if not model_type.startswith(PRUNED_PREFIX):
-        raise InvalidInput(
-            f"{folder} holds a model of type {model_type!r}, not a pruned one ({PRUNED_PREFIX}...). "
-            "Load it with transformers; effnn.ltp.shrink(model, masks) makes a pruned model"
-        )
-    alike = [known for known in reversed(_PRUNED.values()) if known.config_class.model_type == model_type]
-    # the encoder inside a model with a head is of the stock class, and says so when it is saved alone
-    ranked = [known for known in alike if known.__name__ == names[0]]
-    ranked += [known for known in alike if known.dense_class.__name__ == names[0]]
-    if not ranked:
-        raise InvalidInput(
-            f"{folder} holds a {names[0]} ({model_type}), which is not registered: see effnn.ltp.register_pruned"
-        )
-    try:
-        model, info = ranked[0].from_pretrained(folder, output_loading_info=True, **options)
-    except InvalidInput:
-        raise
-    except Exception as error:  # safetensors, OSError, RuntimeError: all mean that the files do not fit together
-        raise InvalidInput(
-            f"the weights in {folder} are missing, damaged or do not fit its {CONFIG}: {error}"
-        ) from error
-    wrong = {kind: sorted(keys) for kind, keys in info.items() if keys and kind in ("missing_keys", "unexpected_keys")}
-    if wrong:
-        raise InvalidInput(f"the weights in {folder} do not fit its {CONFIG}: {wrong}")
-    return model
+    check_names(pairs)
 
 
 def _rename_weights_alike(stock: str, pruned: str) -> None:

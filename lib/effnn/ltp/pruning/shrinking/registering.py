@@ -1,7 +1,8 @@
-"""What register_pruned asks of the classes of others: do they belong together, and does a name stand for one of them.
+"""What `register_pruned` checks: that the classes belong together, and that no two of them share a name.
 
-A saved folder names its classes by `model_type` and by the bare class name, so two classes of one name and type could
-not be told apart when it is loaded. A class statement run twice, as in a notebook, makes two classes that count as one.
+A saved folder names its classes by `model_type` and by the bare class name, so of two classes with
+one name and type the loader could not know which is meant. Two classes made by one class statement, as when a notebook
+cell is run twice, count as one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,13 +32,13 @@ def check_takes(config_class: type[PreTrainedConfig], model_classes: Sequence[ty
             )
 
 
-def check_told_apart(pairs: Iterable[tuple[type, type]]) -> None:
+def check_names(pairs: Iterable[tuple[type, type]]) -> None:
     """InvalidInput if a pair of classes of one name are two definitions."""
     for one, other in pairs:
         if not same_definition(one, other):
             raise InvalidInput(
-                f"{_full_name(one)} cannot be told from {_full_name(other)} in a saved folder: rename it, or give its "
-                "configuration class a model_type of its own"
+                f"{_full_name(one)} has the name of {_full_name(other)}, and a saved folder holds names only: rename "
+                "it, or give its configuration class a model_type of its own"
             )
 
 

@@ -1,4 +1,4 @@
-"""Physical removal: from a dense model and masks to a smaller dense model that computes the same (ltp.md A.10).
+"""Physical removal: from a dense model and masks to a smaller dense model that computes the same.
 
 1. Rows of the query, key and value projections are kept for kept heads.
 2. Columns of the output projection are multiplied by their head's scale, and kept for kept heads.

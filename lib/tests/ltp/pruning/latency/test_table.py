@@ -17,9 +17,10 @@ from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.latency import blocks as latency_blocks
 from effnn.ltp.pruning.latency import knapsack
 from effnn.ltp.pruning.latency.knapsack import best_choice
+from effnn.ltp.pruning.latency.measure import compare_latency, measure_latency
 from effnn.ltp.pruning.latency.piecewise import Piecewise, PiecewiseSearch, fit_piecewise
-from effnn.ltp.pruning.latency.search import Latency, LatencyTable, compare_latency, measure_latency, search_latency
-from effnn.ltp.pruning.latency.table import isotonic
+from effnn.ltp.pruning.latency.search import Latency, LatencyTable, search_latency
+from effnn.ltp.pruning.latency.table import _interpolated
 from effnn.ltp.pruning.masks import Masks, Shape
 from effnn.ltp.pruning.shrinking.shrink import shrink
 
@@ -267,7 +268,7 @@ def test_fit_finds_its_own_curve():
 
 
 def slow_piecewise(heads, filters, head_fit, filter_fit, budget) -> float:
-    """Every (i, j, extra heads, extra filters) of ltp.md A.4 in plain loops; the greatest importance."""
+    """Every (i, j, extra heads, extra filters) of the paper's search in plain loops; the greatest importance."""
     best = -math.inf
 
     def split(ranked, fit):
@@ -357,7 +358,7 @@ def test_relaxed_target_is_the_square_root():
 @settings(deadline=None, max_examples=60)
 @given(st.lists(numbers, min_size=1, max_size=10))
 def test_isotonic_is_the_nearest_rising_sequence(values):
-    fitted = isotonic(values)
+    fitted = _interpolated(dict(enumerate(values)))
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(fitted))
     # conditions of the projection onto the cone: sums over each tail of the residual are <= 0, and 0 over all
     residual = [value - fit for value, fit in zip(values, fitted, strict=True)]

@@ -25,7 +25,7 @@ from effnn import paths
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.masks import masked
 from effnn.ltp.pruning.shrinking.cut import EmptyLinear
-from effnn.ltp.pruning.shrinking.models import load_pruned
+from effnn.ltp.pruning.shrinking.saving import load_pruned
 from effnn.ltp.pruning.shrinking.shrink import pad, shrink
 
 BOUND = 0.25

@@ -21,8 +21,7 @@ from transformers import (
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.masks import Masks, Shape, masked
 from effnn.ltp.pruning.shrinking import models as pruned_models
-from effnn.ltp.pruning.shrinking.export import export_padded
-from effnn.ltp.pruning.shrinking.models import load_pruned
+from effnn.ltp.pruning.shrinking.saving import export_padded, load_pruned
 from effnn.ltp.pruning.shrinking.shrink import shrink
 
 EVERY = {f"{name}-classification": builder for name, builder in FAMILIES.items()} | {
@@ -135,7 +134,7 @@ def test_load_pruned_refuses_other_folders(tmp_path):
     with pytest.raises(InvalidInput, match="holds no config.json"):
         load_pruned(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{ half")
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(InvalidInput, match="is not a model configuration"):
         load_pruned(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "effnn_pruned_other", "architectures": ["PrunedOther"]}')
     with pytest.raises(InvalidInput, match="not registered"):
@@ -194,7 +193,7 @@ def test_an_interrupted_save_leaves_no_folder_that_loads_wrongly(saved, monkeypa
         moved.append(target)
         source.rename(target)
 
-    monkeypatch.setattr("effnn.ltp.pruning.shrinking.folder.os.replace", stop_after_one)
+    monkeypatch.setattr("effnn.ltp.pruning.shrinking.models.os.replace", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         broken.save_pretrained(folder)
     with pytest.raises(InvalidInput, match="half written"):

@@ -25,7 +25,8 @@ from effnn.base import InvalidInput
 from effnn.ltp.pruning import adapters
 from effnn.ltp.pruning.adapters import BertAdapter, adapter_for, register_adapter
 from effnn.ltp.pruning.shrinking import models as pruned_models
-from effnn.ltp.pruning.shrinking.models import PrunedBertForSequenceClassification, load_pruned, register_pruned
+from effnn.ltp.pruning.shrinking.models import PrunedBertForSequenceClassification, register_pruned
+from effnn.ltp.pruning.shrinking.saving import load_pruned
 from effnn.ltp.pruning.shrinking.shrink import pad, shrink
 
 MODULE = """
@@ -202,14 +203,19 @@ print(type(small).__name__, type(small.config).__name__, small.config.extra)
 
 def test_names_that_a_folder_could_not_tell_apart_are_refused(stock, user):
     one, other = user("module_of_a_test"), user("another_module_of_a_test")
-    with pytest.raises(InvalidInput, match="module_of_a_test.BertForSequenceClassification cannot be told.*rename"):
+    with pytest.raises(
+        InvalidInput, match="module_of_a_test.BertForSequenceClassification has the name of .*holds names only: rename"
+    ):
         register_pruned(BertConfig, [BertForNextSentencePrediction, one.BertForSequenceClassification])
     assert (BertForNextSentencePrediction, BertConfig) not in pruned_models._PRUNED, "half of the list was registered"
     register_pruned(BertConfig, [one.MineForSequenceClassification])
-    with pytest.raises(InvalidInput, match="another_module_of_a_test.Mine.* from module_of_a_test.Mine"):
+    with pytest.raises(InvalidInput, match="another_module_of_a_test.Mine.* has the name of module_of_a_test.Mine"):
         register_pruned(BertConfig, [other.MineForSequenceClassification])
     register_pruned(one.Typed, [one.TypedForSequenceClassification])
-    with pytest.raises(InvalidInput, match="another_module_of_a_test.Typed cannot.*model_type of its own"):
+    with pytest.raises(
+        InvalidInput,
+        match="another_module_of_a_test.Typed has the name of module_of_a_test.Typed.*model_type of its own",
+    ):
         register_pruned(other.Typed, [other.TypedForSequenceClassification])
     other.Typed.model_type = "other_bert_of_a_test"
     register_pruned(other.Typed, [other.TypedForSequenceClassification])

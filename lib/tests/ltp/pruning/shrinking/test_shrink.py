@@ -32,8 +32,7 @@ from transformers import (
 
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.masks import Masks, masked
-from effnn.ltp.pruning.shrinking.export import export_padded
-from effnn.ltp.pruning.shrinking.models import load_pruned
+from effnn.ltp.pruning.shrinking.saving import export_padded, load_pruned
 from effnn.ltp.pruning.shrinking.shrink import pad, shrink
 
 EVERY = {f"{name}-classification": builder for name, builder in FAMILIES.items()} | {

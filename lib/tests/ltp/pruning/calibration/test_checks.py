@@ -344,7 +344,7 @@ def test_positions_after_the_padding_index_and_a_single_token_type(family):
 
 def test_labels_and_inputs_of_other_heads():
     model, batch = build("bert", "tokens")
-    with pytest.raises(InvalidInput, match=r"one a token, \(5, 13\)"):
+    with pytest.raises(InvalidInput, match=r"one per token, \(5, 13\)"):
         pruned(model, [batch | {"labels": batch["labels"][:, 0]}])
     model, batch = build("bert", "mlm")
     with pytest.raises(InvalidInput, match=f"expected 0 to {VOCABULARY - 1}"):

@@ -14,8 +14,8 @@ from torch import nn
 from effnn import ltp
 from effnn.base import InvalidInput, Timing
 from effnn.ltp.pruning.latency import blocks as latency_blocks
-from effnn.ltp.pruning.latency import correction as latency_plan
-from effnn.ltp.pruning.latency.correction import LARGEST_CORRECTION, TOLERANCE, measured_ratio, plan_latency
+from effnn.ltp.pruning.latency import measured_search
+from effnn.ltp.pruning.latency.measured_search import LARGEST_CORRECTION, TOLERANCE, measured_ratio, search_measured
 from effnn.ltp.pruning.latency.search import Latency, LatencyTable
 from effnn.ltp.pruning.masks import Masks, Shape
 
@@ -49,7 +49,7 @@ def measuring(monkeypatch, truth):
         asked.append(masks)
         return {"dense": Timing("dense", (1.0,), (0.0,)), "pruned": Timing("pruned", (truth(masks),), (0.0,))}
 
-    monkeypatch.setattr(latency_plan, "measure_pair", pair)
+    monkeypatch.setattr(measured_search, "measure_pair", pair)
     return asked
 
 
@@ -147,7 +147,7 @@ def test_the_dense_model_takes_turns_with_all_widths(monkeypatch):
         widths = ran[start : start + a_round]
         places = [place for place, width in enumerate(widths) if width == full]
         assert places[0] == 0 and len(places) >= 3
-        assert max(b - a for a, b in itertools.pairwise([*places, a_round])) <= latency_blocks.PASSES_A_DENSE_RUN + 2
+        assert max(b - a for a, b in itertools.pairwise([*places, a_round])) <= latency_blocks.PASSES_PER_DENSE_RUN + 2
         assert {width for layers in widths for width in layers} == {0, 1, 47, *range(2, 49, 2)}
 
 
@@ -186,7 +186,7 @@ def test_no_clock_keeps_a_table_from_being_measured_or_a_search_from_ending(kind
     for ms in (table.head_ms, table.filter_ms[::8]):
         assert all(a <= b for a, b in itertools.pairwise(ms)) and ms[0] >= 0
     assert table.dense_prediction(shape.layers) > 0
-    plan = plan_latency(model, *importances(shape), table, target)
+    plan = search_measured(model, *importances(shape), table, target)
     plan.masks.check(shape)
     assert 1 <= len(plan.attempts) <= 1 + target.corrections
 
@@ -216,7 +216,7 @@ def test_corrections_converge_where_the_table_is_wrong(ratio, fixed, monkeypatch
 
     asked = measuring(monkeypatch, truth)
     target = Latency(ratio)
-    plan = plan_latency(model, *importances(shape), table, target)
+    plan = search_measured(model, *importances(shape), table, target)
     assert len(asked) == len(plan.attempts) <= 1 + target.corrections
     assert truth(plan.masks) <= (1 + TOLERANCE) * ratio
     assert truth(plan.masks) >= 0.9 * ratio  # and not far below it
@@ -229,7 +229,7 @@ def test_a_budget_that_is_kept_at_once_is_measured_once(monkeypatch):
     model, _ = FAMILIES["bert"]()
     shape = Shape.of(model)
     asked = measuring(monkeypatch, lambda masks: 0.6)
-    plan = plan_latency(model, *importances(shape), linear_table(shape), Latency(0.6))
+    plan = search_measured(model, *importances(shape), linear_table(shape), Latency(0.6))
     assert len(asked) == 1 and plan.target.ratio == 0.6
     searched = ltp.search_latency(*importances(shape), linear_table(shape), Latency(0.6))
     assert torch.equal(plan.masks.filters, searched.filters) and torch.equal(plan.masks.heads, searched.heads)
@@ -239,7 +239,7 @@ def test_without_corrections_nothing_is_measured(monkeypatch):
     model, _ = FAMILIES["bert"]()
     shape = Shape.of(model)
     asked = measuring(monkeypatch, lambda masks: 0.99)
-    plan = plan_latency(model, *importances(shape), linear_table(shape), Latency(0.6, corrections=0))
+    plan = search_measured(model, *importances(shape), linear_table(shape), Latency(0.6, corrections=0))
     assert not asked and not plan.attempts and plan.target.ratio == 0.6
 
 
@@ -248,8 +248,8 @@ def test_measurements_that_never_fit_end_in_the_nearest_attempt_and_a_warning(mo
     shape = Shape.of(model)
     values = iter([0.9, 0.75, 0.8, 0.85])
     asked = measuring(monkeypatch, lambda masks: next(values))
-    with caplog.at_level(logging.WARNING, logger="effnn.ltp.pruning.latency.correction"):
-        plan = plan_latency(model, *importances(shape), linear_table(shape), Latency(0.6))
+    with caplog.at_level(logging.WARNING, logger="effnn.ltp.pruning.latency.measured_search"):
+        plan = search_measured(model, *importances(shape), linear_table(shape), Latency(0.6))
     assert len(asked) == 4 and torch.equal(plan.masks.filters, asked[1].filters)
     assert "0.750 of the dense latency, over the budget of 0.600, after 4 attempts" in caplog.text
     assert plan.target.ratio == plan.attempts[1].planned
@@ -260,7 +260,7 @@ def test_one_bad_measurement_does_not_empty_the_model(monkeypatch):
     shape = Shape.of(model)
     values = iter([30.0, 0.5])
     measuring(monkeypatch, lambda masks: next(values))
-    plan = plan_latency(model, *importances(shape), linear_table(shape), Latency(0.6))
+    plan = search_measured(model, *importances(shape), linear_table(shape), Latency(0.6))
     assert plan.target.ratio == pytest.approx(0.6 * LARGEST_CORRECTION)
     assert plan.masks.filters.mean() > 0.3
 
@@ -272,7 +272,7 @@ def test_where_the_table_knows_nothing_faster_the_last_candidate_stays(monkeypat
     asked = measuring(monkeypatch, lambda masks: 0.95)
     with pytest.raises(InvalidInput, match="smallest feasible"):
         ltp.search_latency(*importances(shape), table, Latency(0.6))
-    plan = plan_latency(model, *importances(shape), table, Latency(0.8))
+    plan = search_measured(model, *importances(shape), table, Latency(0.8))
     assert 1 <= len(asked) < 4 and len(plan.attempts) == len(asked)
     assert torch.equal(plan.masks.filters, asked[0].filters)
 

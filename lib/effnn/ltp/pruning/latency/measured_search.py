@@ -1,11 +1,9 @@
-"""From a latency budget to masks that keep it when measured: the table plans, the assembled model decides.
+"""The search under a latency budget, repeated until the pruned model keeps the budget when it is measured.
 
-A table adds up blocks; on a real machine a model is not quite the sum of its blocks. So the candidate that the table
-proposes is assembled and measured in turn with the dense model. If it is over the budget, the search is repeated with
-the table corrected: all that it says of pruned models is raised by what the measurement found, which is the same as
-planning for a smaller ratio. This happens a bounded number of times, whatever the clock says; how much each step may
-take off is bounded, too, so that one bad measurement on a busy machine does not empty the model. Every attempt is
-reported.
+A table adds up blocks, and a real model is not quite the sum of its blocks. So the model that the search proposes is
+assembled and measured in turn with the dense one. If it is over the budget, the search is repeated for a smaller ratio.
+The number of repetitions is bounded whatever the clock says. So is how much each of them takes off the ratio: one bad
+measurement on a busy machine does not empty the model. Every attempt is reported.
 """
 
 import logging
@@ -26,15 +24,15 @@ from effnn.ltp.pruning.shrinking.shrink import shrink
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
-"""A measured ratio this share above the budget still counts as kept: closer than that no median of a few runs is."""
+"""A measured ratio this share above the budget still counts as kept: a median of a few runs is no more exact."""
 
 LARGEST_CORRECTION = 0.8
-"""A step of correction plans for no less than this share of the ratio before."""
+"""A repeated search aims at no less than this share of the ratio before."""
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """Shares of the dense latency: what was planned for, what the table predicted, and what was measured in turn."""
+class SearchAttempt:
+    """One search, in shares of the dense latency: its budget, what the table predicted, and what was measured."""
 
     planned: float
     predicted: float
@@ -42,37 +40,41 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """masks: binary. target: with the ratio that was planned for in the end. attempts: empty without corrections.
-
-    A target in MACs is exact and has no attempts.
-    """
+class SearchResult:
+    """masks: binary. target: that of the search which gave them. attempts: empty where nothing was measured."""
 
     masks: Masks
     target: Macs | Latency
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[SearchAttempt, ...]
 
 
-def plan_latency(
+def search_measured(
     model: PreTrainedModel,
     head_importance: Tensor,
     filter_importance: Tensor,
     table: LatencyTable,
     target: Latency,
     round_to: int = 1,
-) -> Plan:
-    """Masks of the greatest importance (`search_latency`) of which the assembled model keeps the budget when measured.
+) -> SearchResult:
+    """Masks of the greatest importance (`search_latency`) with which the assembled model keeps the budget.
 
-    Corrects `target.corrections` times at most; if no attempt keeps the budget, the nearest one is taken, with a
-    warning. corrections=0 takes the table at its word and measures nothing. Raises InvalidInput where the table allows
-    no choice within the budget.
+    model: the dense one, stays as it is.
+    head_importance: (L, H).
+    filter_importance: (L, F).
+    table: what a layer costs by what it keeps.
+    target: the budget; the search is repeated `target.corrections` times at most. With 0 the table is believed and
+        nothing is measured.
+    round_to: kept filters of a layer are a multiple of it, or all.
+
+    If no attempt keeps the budget, the nearest one is taken, with a warning. Raises BudgetTooSmall where the table
+    allows no choice within the budget.
     """
     planned = target
     masks = search_latency(head_importance, filter_importance, table, planned, round_to)
-    tried: list[tuple[Attempt, Masks, Latency]] = []
+    tried: list[tuple[SearchAttempt, Masks, Latency]] = []
     while target.corrections > 0:
         predicted = table.predict(masks) / table.dense_prediction(len(masks.heads))
-        attempt = Attempt(planned.ratio, predicted, measured_ratio(measure_pair(model, masks, target)))
+        attempt = SearchAttempt(planned.ratio, predicted, measured_ratio(measure_pair(model, masks, target)))
         tried.append((attempt, masks, planned))
         if attempt.measured <= (1 + TOLERANCE) * target.ratio or len(tried) > target.corrections:
             break
@@ -82,7 +84,7 @@ def plan_latency(
         except InvalidInput:  # by the table nothing is faster
             break
     if not tried:
-        return Plan(masks, planned, ())
+        return SearchResult(masks, planned, ())
     # the last one is within the budget, or none is
     attempt, masks, planned = min(tried, key=lambda one: one[0].measured)
     if attempt.measured > (1 + TOLERANCE) * target.ratio:
@@ -92,7 +94,7 @@ def plan_latency(
             target.ratio,
             len(tried),
         )
-    return Plan(masks, planned, tuple(one for one, _, _ in tried))
+    return SearchResult(masks, planned, tuple(one for one, _, _ in tried))
 
 
 def measure_pair(model: PreTrainedModel, masks: Masks, target: Latency) -> dict[str, Timing]:

@@ -1,4 +1,4 @@
-"""One encoder layer run with only its kept heads and filters, half by half.
+"""One encoder layer with only its kept heads and filters, its attention block and its FFN block run one by one.
 
 Mask tuning needs the two residual sums of a layer and the inputs of its two output projections, at the cost of the
 kept units only. `SlicedLayer` holds the cut weights of one layer and computes exactly these; it is made, used and
@@ -18,7 +18,16 @@ from effnn.ltp.pruning.adapters import LayerParts
 
 @dataclass(frozen=True)
 class SlicedLayer:
-    """Weights of the kept units: query, key, value (k d_h, d); out (d, k d_h); fc1 (f, d); fc2 (d, f); and biases."""
+    """Weights of the kept units, each with its bias or None.
+
+    query: (k d_h, d).
+    key: (k d_h, d).
+    value: (k d_h, d).
+    out: (d, k d_h).
+    fc1: (f, d).
+    fc2: (d, f).
+    parts: the whole layer, of which the activation and the normalisations are used.
+    """
 
     query: tuple[Tensor, Tensor | None]
     key: tuple[Tensor, Tensor | None]
