@@ -22,6 +22,7 @@ class _OneWorkerForRanks(LoadScopeScheduling):
         return "ranks" if name.startswith(STARTS_RANKS) else name
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return _OneWorkerForRanks(config, log)
 
