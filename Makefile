@@ -62,7 +62,7 @@ study: env ## the deep sweeps: hours, resumable
 
 # The notebooks run on a clock that jitters by a factor of three: nothing that they check may rest on a measured time.
 test: lint ## lint, the tests, and every notebook at smoke size against its kept outputs
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadscope
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; \
 	then set -x; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/lib/tests/jitter" \
 	  $(RUN) pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env notebooks/*.ipynb; \

@@ -10,7 +10,7 @@ import pytest
 from effnn import paths
 
 TARGETS = "env reproduce study test test-slow lint lab claims report bench data clean clean-cache".split()
-TESTS = "-m pytest -n {} --dist loadgroup --no-loadscope-reorder"
+TESTS = "-m pytest -n {} --dist loadscope"
 NOTEBOOKS = "-m pytest -n {} --dist loadfile --nbval-lax --nbval-current-env notebooks/01_a.ipynb"
 FILES = ("Makefile", "requirements.lock", "requirements-ccl.lock", "pyproject.toml")
 
