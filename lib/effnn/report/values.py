@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from effnn.base import InvalidInput
 from effnn.report.rules import MIN_SAMPLES
@@ -38,7 +38,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
     if min(samples) == max(samples):  # rounding would give equal samples a tiny spread, and `==1` would then fail
         return float(samples[0]), float(samples[0])
     mean, error = float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
-    half = float(stats.t.ppf(0.975, len(samples) - 1)) * error
+    half = float(special.stdtrit(len(samples) - 1, 0.975)) * error
     return mean - half, mean + half
 
 

@@ -18,7 +18,8 @@ TEXTS = sorted(
     if path.suffix in (".py", ".md", ".ipynb", ".yml", ".csv", ".jinja") and not path.is_relative_to(paths.CACHE)
     if not path.is_relative_to(paths.DATA / "cache") and ".ipynb_checkpoints" not in path.parts
 ) + [paths.HOME / name for name in ("README.md", "Makefile", "pyproject.toml", "environment.yml", "CITATION.cff")]
-MADE_UP = {"effnn.mplstyle", "effnn.near", "effnn.near.far", "effnn.x", "effnn.__file__"}  # a style file, and modules that tests make
+# a style file, and modules that tests make
+MADE_UP = {"effnn.mplstyle", "effnn.near", "effnn.near.far", "effnn.x", "effnn.__file__"}
 MODULE = re.compile(r"(?<![\w./])effnn(?:\.[A-Za-z_]\w*)+")
 FILE = re.compile(r"(?<![\w/])(?:lib/)?(?:effnn|tests|lib/tests)/[\w/]+\.(?:py|md|csv)\b")
 
