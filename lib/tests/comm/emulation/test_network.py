@@ -345,7 +345,7 @@ def test_a_missing_program_is_named(missing, fresh, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system is the reason")
 def test_an_empty_path_is_explained():
-    code = "from effnn.comm import network; print(network.unavailable())"
+    code = "from effnn.comm.emulation import network; print(network.unavailable())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATH": ""}, capture_output=True, text=True)
     assert any(f"the program {name} is missing" in done.stdout for name in namespaces.PACKAGES), done
 
@@ -380,7 +380,7 @@ def test_what_the_kernel_refuses_is_explained_and_cleared(name, script, message,
 @pytest.mark.skipif(not ROOT or not shutil.which("setpriv"), reason="needs root and setpriv to take the rights away")
 def test_a_setting_that_forbids_is_named():
     """In a user namespace of the test's own, where the setting may be changed without the machine noticing."""
-    code = "from effnn.comm import network; print(network.unavailable())"
+    code = "from effnn.comm.emulation import network; print(network.unavailable())"
     forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set -all "$@"'
     words = ["unshare", "-U", "-r", "sh", "-c", forbid, "sh", sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
