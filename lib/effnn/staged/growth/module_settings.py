@@ -38,9 +38,9 @@ def skeleton(config: GPT2Config, kind: type[GPT2LMHeadModel] = GPT2LMHeadModel) 
 def changed_settings(model: GPT2LMHeadModel) -> dict[tuple[str, str], object]:
     """(Module name, attribute) -> value, for all plain settings that differ from what the configuration gives.
 
-    Plain are numbers, texts, types, None, and sequences and mappings of these.
+    Plain are numbers, texts, dtypes, None, and sequences and mappings of these.
     """
-    return {(name, key): value for name, key, value in _differing(model) if _plain(value)}
+    return {(name, key): value for name, key, value, _ in _differing(model) if _plain(value)}
 
 
 def checkpointing_arguments(model: GPT2LMHeadModel) -> dict[str, str]:
@@ -55,15 +55,21 @@ def checkpointing_arguments(model: GPT2LMHeadModel) -> dict[str, str]:
 def carry_over(model: GPT2LMHeadModel, target: GPT2LMHeadModel, source: Callable[[str], str]) -> None:
     """Give `target` what `model` holds besides tensors: settings, train or eval mode, checkpointing, generation.
 
-    source: name of a module of the target -> name of its origin in `model`.
+    source: name of a module of the target -> name of its origin in `model`. InvalidInput for a setting that was changed
+    although the configuration gives another one for the target's size: growth does not know what it would be there.
     """
-    changed: dict[str, dict[str, object]] = {}
-    for (name, key), value in changed_settings(model).items():
-        changed.setdefault(name, {})[key] = value
+    changed: dict[str, list[tuple[str, object, object]]] = {}
+    for name, key, value, made in _differing(model):
+        changed.setdefault(name, []).append((key, value, made))
     for name, module in target.named_modules():
         origin = model.get_submodule(source(name))
         module.training = origin.training
-        for key, value in changed.get(source(name), {}).items():
+        for key, value, made in changed.get(source(name), ()):
+            if not _equal(made, here := getattr(module, key, None)):
+                raise InvalidInput(
+                    f"{dotted(source(name), key)} was set to {value!r} where the configuration gives {made!r}, and "
+                    f"after growth it gives {here!r}: let the class compute it from the configuration"
+                )
             setattr(module, key, copy.deepcopy(value))
         if hasattr(origin, _FUNCTION):
             setattr(module, _FUNCTION, getattr(origin, _FUNCTION))
@@ -97,7 +103,7 @@ def check_modules(model: GPT2LMHeadModel) -> None:
                 f"{name} is of shape {tuple(parameter.shape)}, which does not fit the model's configuration: it makes "
                 f"{tuple(shapes[name])}"
             )
-    for name, key, value in _differing(model):
+    for name, key, value, _ in _differing(model):
         if not _plain(value):
             raise InvalidInput(
                 f"{dotted(name, key)} holds a {type(value).__name__}: carried over are numbers, texts, and lists and "
@@ -112,8 +118,8 @@ def _kind(kind: type, other: type | None) -> str:
     return f"{kind.__module__}.{kind.__name__}" if same else kind.__name__
 
 
-def _differing(model: GPT2LMHeadModel) -> Iterator[tuple[str, str, object]]:
-    """(Module name, attribute, value) wherever the configuration gives another value.
+def _differing(model: GPT2LMHeadModel) -> Iterator[tuple[str, str, object, object]]:
+    """(Module name, attribute, value, value that the configuration gives) wherever the two differ.
 
     Of the classes of torch and transformers only plain public attributes count, and of their whole models only gradient
     checkpointing: the others are names and records that change nothing. Of your own classes all count that stock ones
@@ -130,8 +136,8 @@ def _differing(model: GPT2LMHeadModel) -> Iterator[tuple[str, str, object]]:
                 counts = counts and key != "_is_hf_initialized" and not isinstance(value, PreTrainedConfig)
             else:
                 counts = key == _FLAG if whole else key[0] != "_" and key != "training" and _plain(value)
-            if counts and not _equal(getattr(made[name], key, None), value):
-                yield name, key, value
+            if counts and not _equal(given := getattr(made[name], key, None), value):
+                yield name, key, value, given
 
 
 def _is_stock(kind: type) -> bool:

@@ -188,6 +188,22 @@ def test_a_subclass_is_loaded_as_such_with_its_settings(tmp_path, monkeypatch):
             worker.run(tmp_path, scaled([other for other in SETTINGS if other != name]), STAGES, how)
 
 
+class PerLayer(GPT2LMHeadModel):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.scales = [1.0] * config.n_layer
+
+
+def test_a_changed_setting_that_depends_on_the_size_is_refused_in_growth_alone():
+    small = PerLayer(worker.config())
+    assert staged.grow(small, depth=2).model.scales == [1.0] * 4  # unchanged, it follows from the configuration
+    small.scales = [1.0, 0.5]
+    assert staged.grow(small, width=2).model.scales == [1.0, 0.5]
+    sentence = r"scales was set to \[1.0, 0.5\] where .* \[1.0, 1.0\], and after growth it gives \[1.0, 1.0, 1.0, 1.0\]"
+    with pytest.raises(InvalidInput, match=sentence):
+        staged.grow(small, depth=2)
+
+
 class Needy(GPT2LMHeadModel):
     def __init__(self, config, scale) -> None:
         super().__init__(config)
