@@ -9,7 +9,7 @@ training state so that the loss and the training dynamics are preserved, train o
   4. Record the events in the configuration (config.py).
 
 The grown model shares nothing with the original, which is not changed. Not covered: other architectures and optimizers,
-and growth of the head size. Gradients and hooks are not carried over.
+and growth of the head size. Gradients are not carried over; a model or an optimizer with hooks is refused (hooks.py).
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 from effnn.base import InvalidInput, evaluating
 from effnn.staged.growth.config import GrowthRecord, append_history, check_factor, grown_config
 from effnn.staged.growth.depth import INITS, ORDERS, Layout, check_depth, new_value
+from effnn.staged.growth.hooks import check_optimizer_hooks
 from effnn.staged.growth.module_settings import carry_over, skeleton
 from effnn.staged.growth.optimizer import (
     MOMENTS,
@@ -90,9 +91,10 @@ def grow(
     adam_width_rule: "none" keeps the hyper-parameters, "1/k" adapts learning rate, eps and weight decay (optimizer.py).
     batch: token ids (rows, length), on which the loss is measured before and after, for the record.
 
-    Raises InvalidInput for a model that is not a stock GPT2LMHeadModel of whole, unquantized tensors, a factor that is
-    not a whole number of at least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or
-    scheduler of another kind or of another model, and an unknown choice.
+    Raises InvalidInput for a model that is not a GPT2LMHeadModel of whole, unquantized tensors (a subclass may have
+    other methods and plain attributes, which stay), hooks and replaced methods, a factor that is not a whole number of
+    at least 1, growth in depth with inverse-layer scaling of the scores, an optimizer or scheduler of another kind or
+    of another model, and an unknown choice.
     Source: Shen et al. 2022 and its released code for width 2 and depth 2; other factors are derived (width.py).
     """
     width, depth = check_options(width, depth, order, init, noise, moments, new_moments, adam_width_rule)
@@ -102,6 +104,7 @@ def grow(
     noise = _noise_in_force(model, noise) if width > 1 else 0.0
     if optimizer is not None:
         names_by_group(model, optimizer)
+        check_optimizer_hooks(optimizer)
     if scheduler is not None:
         check_scheduler(scheduler, optimizer)
     if batch is not None:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import GPT2LMHeadModel
 
 from effnn.base import InvalidInput
+from effnn.staged.growth.hooks import check_hooks
 from effnn.staged.growth.module_settings import check_modules
 from effnn.staged.growth.roles import role_of
 
@@ -58,7 +59,8 @@ def check_model(model: nn.Module) -> None:
     """InvalidInput unless `model` is a GPT2LMHeadModel and there is a growth rule for each of its tensors.
 
     Raised for another class, sharded or quantized tensors, an unknown parameter or buffer, a module or a shape that
-    does not follow from the configuration, and an output head whose tying contradicts the configuration.
+    does not follow from the configuration, hooks and replaced methods (hooks.py), and an output head whose tying
+    contradicts the configuration.
     """
     if not isinstance(model, GPT2LMHeadModel):
         raise InvalidInput(f"growth takes a GPT2LMHeadModel, found a {type(model).__name__}{way_out(model)}")
@@ -74,6 +76,7 @@ def check_model(model: nn.Module) -> None:
     if buffers := [name for name, _ in model.named_buffers()]:
         raise InvalidInput(f"no growth rule for the buffers {buffers[:5]}: a stock GPT2LMHeadModel has none")
     check_modules(model)
+    check_hooks(model)
     tied = model.lm_head.weight is model.transformer.wte.weight
     if tied != bool(model.config.tie_word_embeddings):
         found = "one tensor" if tied else "two tensors"

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from effnn.base import InvalidInput
 from effnn.staged.growth.depth import Layout, check_depth
 from effnn.staged.growth.grow import grow
+from effnn.staged.growth.hooks import check_optimizer_hooks
 from effnn.staged.growth.module_settings import skeleton
 from effnn.staged.growth.optimizer import names_by_group
 from effnn.staged.growth.unwrap import check_model, plain_model, plain_optimizer, way_out
@@ -66,6 +67,7 @@ def checked_stages(
         check_depth(model, stage.depth, stage.init)
     if isinstance(start, TrainState):
         names_by_group(model, start.optimizer)
+        check_optimizer_hooks(start.optimizer)
         for name in ("betas", "eps", "weight_decay"):
             # the settings of its groups, or the defaults that some groups replaced
             found = [_comparable(held[name]) for held in (*start.optimizer.param_groups, start.optimizer.defaults)]

@@ -63,7 +63,8 @@ def train(
     finished. One process at a time may use it, and all ranks must see it.
     device: "cuda" is the device of LOCAL_RANK under torchrun.
     progress: whether rank 0 shows a bar.
-    stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of the run's fingerprint.
+    stop: asked after every evaluation, on rank 0; True ends the run there. It is not part of the run's fingerprint: a
+    run that it ended goes on in its folder where a later call does not stop at the same point.
 
     With dropout another number of ranks draws other masks; without, the curve is the same up to rounding.
 
@@ -100,21 +101,21 @@ class _Run:
         with self.checkpoints.opened() if self.checkpoints else nullcontext() as newest:
             return self._go_on(newest, progress)
 
-    def _go_on(self, newest: tuple[TrainState, bool] | None, progress: bool) -> TrainState:
-        self.state, finished = newest or (begin(self.start, self.recipe, self.ranks.device), False)
+    def _go_on(self, newest: tuple[TrainState, str | None] | None, progress: bool) -> TrainState:
+        self.state, ended = newest or (begin(self.start, self.recipe, self.ranks.device), None)
         first = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
         before = self.start.step if isinstance(self.start, TrainState) else 0
         total, done = sum(stage.steps for stage in self.stages), self.state.step - before
-        if not finished:
+        if not (ended == "finished" or (ended == "stopped" and self._stops())):
             with tqdm(total=total, initial=done, disable=not progress, unit="step") as self.bar:
                 for number, stage in enumerate(self.stages, start=first):
                     here = number == self.state.stage
                     if number < self.state.stage or (here and self.state.stage_step == stage.steps):
                         continue
                     stopped = self._stage(stage, resumed=here)
-                    last = stopped or number == first + len(self.stages) - 1
-                    if stage.steps or last:
-                        self._checkpoint(finished=last)
+                    last = number == first + len(self.stages) - 1 and self.state.stage_step == stage.steps
+                    if stage.steps or last or stopped:
+                        self._checkpoint("finished" if last else "stopped" if stopped else None)
                     if stopped:
                         break
         self.state.optimizer.zero_grad()
@@ -156,7 +157,7 @@ class _Run:
                 if evaluate and self._evaluate():
                     return True
                 if checkpoint and not end:
-                    self._checkpoint(finished=False)
+                    self._checkpoint(None)
                 losses, since = [], time.perf_counter()
         return False
 
@@ -193,14 +194,18 @@ class _Run:
         )
         state.points.append(point)
         state.loss_sum, state.loss_count = 0.0, 0
-        return self.stop is not None and self.ranks.first(lambda: bool(self.stop(point)))
+        return self._stops()
 
-    def _checkpoint(self, finished: bool) -> None:
+    def _stops(self) -> bool:
+        """The answer of the stop rule to the newest point, the same on all ranks."""
+        return self.stop is not None and self.ranks.first(lambda: bool(self.stop(self.state.points[-1])))
+
+    def _checkpoint(self, ended: str | None) -> None:
         if self.checkpoints is None:
             return
         if not math.isfinite(_checksum(self.state.model)):
             raise self._diverged(f"a weight is not finite after step {self.state.step}")
-        self.checkpoints.write(self.state, finished)
+        self.checkpoints.write(self.state, ended)
 
     def _diverged(self, what: str) -> Diverged:
         left = "no folder for checkpoints was given" if self.checkpoints is None else self.checkpoints.describe()

@@ -1,5 +1,6 @@
 """Settings on the modules that the configuration does not know: after growth, after a resume, and refusals."""
 
+import copy
 import functools
 
 import pytest
@@ -134,16 +135,106 @@ def test_a_checkpointing_function_of_ones_own_is_kept():
     assert not staged.grow(small, depth=2).model.is_activation_checkpointing
 
 
-class Named(GPT2LMHeadModel):
-    """A model of one's own, with the stock tensors."""
+class Scaled(GPT2LMHeadModel):
+    """A model with stock tensors, whose own settings change what it computes."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.scale, self.shifts, self._power, self.then = 1.0, {"logits": [0.0]}, 1, torch.tanh
+
+    def forward(self, *arguments, **named):
+        output = super().forward(*arguments, **named)
+        output.logits = self.scale * output.logits**self._power + self.shifts["logits"][-1]
+        return output
 
 
-def test_a_class_of_ones_own_is_loaded_as_such(tmp_path, monkeypatch):
-    start = Named(worker.config())
+SETTINGS = {"scale": 0.1, "shifts": {"logits": [0.0, 0.5]}, "_power": 3}
+
+
+def scaled(names=tuple(SETTINGS), **changes) -> Scaled:
+    torch.manual_seed(0)
+    given = Scaled(worker.plain_config())
+    for name in names:
+        setattr(given, name, copy.deepcopy(SETTINGS[name]))
+    for name, value in changes.items():
+        setattr(given, name, value)
+    return given
+
+
+def held(given: Scaled) -> dict:
+    return {name: getattr(given, name) for name in SETTINGS}
+
+
+def test_growth_carries_the_settings_of_a_subclass():
+    small, batch = scaled(), plain.tokens()
+    grown = staged.grow(small, width=2, depth=2, noise=0.0).model
+    assert type(grown) is Scaled and held(grown) == SETTINGS
+    assert staged.evaluate_loss(grown, batch) == pytest.approx(staged.evaluate_loss(small, batch), abs=1e-5)
+    assert staged.evaluate_loss(scaled(()), batch) != pytest.approx(staged.evaluate_loss(small, batch), abs=1e-3)
+    grown.shifts["logits"].append(7.0)
+    assert held(small) == SETTINGS  # nothing is shared
+
+
+def test_a_subclass_is_loaded_as_such_with_its_settings(tmp_path, monkeypatch):
+    start, how = scaled(), worker.recipe(checkpoint_every=3)
     with pytest.raises(Interrupted), monkeypatch.context() as patch:
         interrupt_at(patch, 5)
-        worker.run(tmp_path, start, STAGES, worker.recipe(checkpoint_every=3))
-    assert type(worker.run(tmp_path, start, STAGES, worker.recipe(checkpoint_every=3)).model) is Named
+        worker.run(tmp_path, start, STAGES, how)
+    resumed = worker.run(tmp_path, start, STAGES, how)
+    assert type(resumed.model) is Scaled and held(resumed.model) == SETTINGS
+    assert_same(resumed, worker.run(None, start, STAGES, how))
+    for name in SETTINGS:
+        with pytest.raises(InvalidInput, match=f"holds another run: setting {name} was .*, is absent. Give"):
+            worker.run(tmp_path, scaled([other for other in SETTINGS if other != name]), STAGES, how)
+
+
+class PerLayer(GPT2LMHeadModel):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.scales = [1.0] * config.n_layer
+
+
+def test_a_changed_setting_that_depends_on_the_size_is_refused_in_growth_alone():
+    small = PerLayer(worker.config())
+    assert staged.grow(small, depth=2).model.scales == [1.0] * 4  # unchanged, it follows from the configuration
+    small.scales = [1.0, 0.5]
+    assert staged.grow(small, width=2).model.scales == [1.0, 0.5]
+    sentence = r"scales was set to \[1.0, 0.5\] where .* \[1.0, 1.0\], and after growth it gives \[1.0, 1.0, 1.0, 1.0\]"
+    with pytest.raises(InvalidInput, match=sentence):
+        staged.grow(small, depth=2)
+
+
+class Needy(GPT2LMHeadModel):
+    def __init__(self, config, scale) -> None:
+        super().__init__(config)
+
+
+class Failing(GPT2LMHeadModel):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.scale = self.lm_head.weight.sum().item()  # there are no values yet
+
+
+def failing() -> Failing:
+    given = model()
+    given.__class__ = Failing
+    return given
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Needy(worker.config(), 1.0), "Needy cannot be built .* alone .*'scale'.: let its __init__ take"),
+        (failing, "Failing cannot be built from its configuration alone .* let its __init__ take"),
+        (lambda: scaled(table=torch.ones(1)), r"table holds a Tensor: carried over are .* where Scaled.config. makes"),
+        (lambda: scaled(then=torch.relu), "then holds a builtin_function_or_method: .* or delete it before"),
+        (lambda: scaled(scale=[torch.ones(1)]), "scale holds a list: "),
+    ],
+)
+def test_subclasses_that_cannot_be_rebuilt_are_refused(make, sentence):
+    for call in (lambda: staged.grow(make(), width=2), lambda: worker.run(None, make(), [Stage(1)])):
+        with pytest.raises(InvalidInput, match=sentence):
+            call()
 
 
 def quantized(given: GPT2LMHeadModel) -> GPT2LMHeadModel:

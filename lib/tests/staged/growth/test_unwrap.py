@@ -5,6 +5,10 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
 from helpers.staged_runs import PLATEAU, config, moments, recipe, run, same, weights
 from plain import staged as plain
 from torch import nn
@@ -103,15 +107,55 @@ def test_names_that_an_optimizer_was_given_come_back_from_the_disk(tmp_path):
     assert loaded.param_groups[0]["param_names"] == optimizer.param_groups[0]["param_names"]
 
 
-def test_a_live_trainer_is_grown_and_trained_on(tmp_path):
-    pytest.importorskip("accelerate")
+PRECISIONS = ["no", "bf16"]  # the second replaces the forward method of the model
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """The settings of accelerate are global: new ones before the test, none after it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_goes_on_inside_accelerate_after_growth(fresh_accelerate, precision):
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    model = plain.tiny_gpt2(dtype=torch.float32)
+    optimizer = AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    held = accelerator.prepare(model, optimizer, LambdaLR(optimizer, PLATEAU))
+
+    def step(model, optimizer, scheduler) -> float:
+        loss = model(input_ids=plain.tokens(), labels=plain.tokens()).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step(*held) for _ in range(3)]
+    assert type(held[1]) is AcceleratedOptimizer and type(held[2]) is AcceleratedScheduler
+    grown = staged.grow(*held, width=2, depth=2)
+    assert type(grown.optimizer) is AdamW and "forward" not in vars(grown.model)
+    assert steps_done(grown.optimizer) == grown.scheduler.last_epoch == 3
+    again = accelerator.prepare(grown.model, grown.optimizer, grown.scheduler)
+    losses += [step(*again) for _ in range(3)]
+    assert losses[3] < losses[0] and losses[5] < losses[3] and steps_done(grown.optimizer) == 6
+    # the bare model, as accelerate gives it back
+    bare = staged.grow(accelerator.unwrap_model(held[0]), optimizer, width=2, depth=2)
+    assert all(map(torch.equal, bare.model.parameters(), staged.grow(*held, width=2, depth=2).model.parameters()))
+    assert steps_done(run(TrainState(again[0], again[1], PLATEAU, 1e-2), [Stage(2)]).optimizer) == 8
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_live_trainer_is_grown_and_trained_on(fresh_accelerate, tmp_path, precision):
     model = plain.tiny_gpt2(dtype=torch.float32)
     rows = [{"input_ids": row, "labels": row} for row in plain.tokens(rows=8)]
-    settings = TrainingArguments(
-        str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, adam_beta2=0.98
-    )
-    trainer = Trainer(model=model, train_dataset=rows, args=settings)
+    settings = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "adam_beta2": 0.98}
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, bf16=precision == "bf16", **settings)
+    trainer = Trainer(model=model, train_dataset=rows, args=arguments)
     trainer.train()
+    assert ("forward" in vars(trainer.model)) == (precision == "bf16")
     grown = staged.grow(trainer.model, trainer.optimizer, trainer.lr_scheduler, width=2)
     assert steps_done(grown.optimizer) == grown.scheduler.last_epoch == 3
     start = TrainState(trainer.model_wrapped, trainer.optimizer, PLATEAU, 5e-5)
@@ -121,6 +165,11 @@ def test_a_live_trainer_is_grown_and_trained_on(tmp_path):
         staged.grow(trainer, width=2)
     with pytest.raises(InvalidInput, match="found Trainer: hand over its .model"):
         run(trainer, [Stage(1)])
+    larger = Trainer(
+        model=grown.model, train_dataset=rows, args=arguments, optimizers=(grown.optimizer, grown.scheduler)
+    )
+    larger.train()
+    assert steps_done(grown.optimizer) == 6
 
 
 class Holder(nn.Module):

@@ -83,17 +83,13 @@ def test_a_finished_run_is_loaded_and_a_branch_of_it_can_go_on(tmp_path, whole, 
         assert torch.equal(one, two)
 
 
-def test_stages_without_steps_and_a_stop(tmp_path, monkeypatch):
+def test_stages_without_steps(tmp_path):
     stages = [Stage(4), Stage(0, width=2), Stage(0, depth=2)]
     state = worker.run(tmp_path / "grown", stages=stages)
     assert names(tmp_path / "grown") == ["step-00000004-stage-00", "step-00000004-stage-02"]
     assert_same(worker.run(tmp_path / "grown", stages=stages), state)
     shutil.rmtree(tmp_path / "grown" / "step-00000004-stage-02")
     assert_same(worker.run(tmp_path / "grown", stages=stages), state)
-    stopped = worker.run(tmp_path / "stopped", stop=lambda point: point.step == 10)
-    interrupt_at(monkeypatch, 0)
-    assert stopped.step == 10
-    assert_same(worker.run(tmp_path / "stopped"), stopped)
 
 
 def test_what_a_model_brings_is_there_again(tmp_path, monkeypatch):
@@ -107,6 +103,42 @@ def test_what_a_model_brings_is_there_again(tmp_path, monkeypatch):
     assert loaded.model.dtype == torch.float64 and loaded.model.config._attn_implementation == "eager"
     assert [name for name, p in loaded.model.named_parameters() if not p.requires_grad] == ["transformer.wpe.weight"]
     assert_same(loaded, worker.run(None, model, stages, how))
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([(10, 0)], id="in a stage"),
+        pytest.param([(14, 0)], id="where a checkpoint is due"),
+        pytest.param([(20, 0)], id="at the end of a stage"),
+        pytest.param([(20, 1)], id="right after growth"),
+        pytest.param([(0, 0), (10, 0), (20, 0), (20, 1), (30, 1)], id="again and again"),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_where_the_next_call_does_not_stop(tmp_path, monkeypatch, ends):
+    how = worker.recipe(evaluate_every=2) if ends == [(14, 0)] else worker.recipe()
+    asked = []
+    for end in ends:
+
+        def stop(point, end=end):
+            asked.append((point.step, point.stage))
+            return asked[-1] == end
+
+        stopped, before = worker.run(tmp_path, how=how, stop=stop), len(asked)
+        assert (stopped.step, stopped.stage) == end
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 0)
+            assert_same(worker.run(tmp_path, how=how, stop=stop), stopped)  # the same call only loads
+        assert asked[before:] == [end]
+    assert_same(worker.run(tmp_path, how=how), worker.run(None, how=how))
+    assert worker.run(tmp_path, how=how, stop=lambda point: 1 / 0).step == 45  # a finished run asks no more
+
+
+def test_a_stop_at_the_very_end_finishes_the_run(tmp_path, monkeypatch):
+    stages = [Stage(2), Stage(0, width=2)]
+    first = worker.run(tmp_path, stages=stages, stop=lambda point: point.width == 32)
+    assert_same(worker.run(tmp_path, stages=stages, stop=lambda point: 1 / 0), first)
+    assert_same(first, worker.run(None, stages=stages))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +179,10 @@ STAGE = Stage(4)
     ("changes", "sentence"),
     [
         ({"stages": [STAGE, Stage(3, width=2)]}, "stage 1 was Stage.steps=2, .* is Stage.steps=3"),
-        ({"stages": [STAGE]}, "stages was 2, is 1; stage 1 was .* is absent"),
+        (
+            {"stages": [STAGE]},
+            r"stages was 2, is 1; schedule was (.*values to position) 6 .*, is \1 4 .*; stage 1 was .* is absent",
+        ),
         ({"how": worker.recipe(batch_size=8)}, "another run: batch_size was 4, is 8. Give"),
         ({"how": worker.recipe(schedule=WarmupStableDecay(3, 70, 20))}, "schedule was .*horizon=60.* is .*horizon=70"),
         ({"how": worker.recipe(schedule=lambda position: 1.0)}, "schedule was .* is values"),

@@ -144,7 +144,6 @@ SAME = [
     train_mode,
     lambda start: [group.update(initial_lr=group["lr"], lr=7.0) for group in start.optimizer.param_groups],
     lambda start: group(0, betas=list(HOW.betas))(start),
-    lambda start: start.model.register_forward_hook(lambda *_: None),
     lambda start: setattr(start, "seconds", 9.0),
     lambda start: [setattr(parameter, "grad", torch.ones_like(parameter)) for parameter in start.model.parameters()],
 ]
@@ -177,12 +176,49 @@ def test_long_arrays_are_sampled_from_end_to_end(monkeypatch):
     assert re.fullmatch(r"16384 tokens [0-9a-f]{16}", before)
 
 
+@dataclasses.dataclass
+class Rates:
+    """A schedule that does not show what it gives."""
+
+    factors: list[float] = dataclasses.field(repr=False)
+
+    def __call__(self, position: int) -> float:
+        return self.factors[position]
+
+
+@pytest.mark.parametrize("wrap", [Rates, lambda factors: lambda position: factors[position]])
+@pytest.mark.parametrize(
+    ("start", "stages", "last"),
+    [
+        (None, [Stage(3000)], 3000),
+        (None, [Stage(2), Stage(0, entry=7), Stage(3), Stage(4, entry=1)], 10),
+        (None, [Stage(3, rewarm=9)], 9),
+        (TrainState(None, None, HOW.schedule, 1e-3, position=5), [Stage(2)], 7),
+        (TrainState(None, None, HOW.schedule, 1e-3, position=5, rewarm=(4, 8)), [Stage(2)], 12),
+    ],
+)
+def test_a_schedule_is_known_by_every_value_that_the_run_asks_for(wrap, start, stages, last):
+    assert fingerprint._last_position(start or worker.config(), stages) == last
+    factors = [1.0] * (last + 1)
+    same = fingerprint._schedule(wrap(factors), last)
+    assert same == fingerprint._schedule(wrap(factors + [0.5]), last)
+    for position in {0, 1, last // 3, last - 1, last}:
+        other = factors[:position] + [0.5] + factors[position + 1 :]
+        assert fingerprint._schedule(wrap(other), last) != same, position
+
+
+def test_a_field_that_a_dataclass_does_not_show_is_another_run(tmp_path):
+    run(tmp_path, how=dataclasses.replace(HOW, schedule=Rates([1.0] * 8)))
+    with pytest.raises(InvalidInput, match=r"schedule was (Rates\(\), values to position 7) \w+, is \1 \w+. Give"):
+        run(tmp_path, how=dataclasses.replace(HOW, schedule=Rates([1.0] * 7 + [0.5])))
+
+
 def test_folders_of_an_older_format_are_named(tmp_path):
     run(tmp_path)
     path = tmp_path / "step-00000007-stage-00" / "state.json"
     content = json.loads(path.read_text())
-    content["format"] = "effnn staged run 1"
+    content["format"] = "effnn staged run 2"
     content.pop("digest")
     path.write_text(json.dumps({**content, "digest": checkpoint._digest(content)}))
-    with pytest.raises(InvalidInput, match="of the format 'effnn staged run 1', expected 'effnn staged run 2'"):
+    with pytest.raises(InvalidInput, match="of the format 'effnn staged run 2', expected 'effnn staged run 3'"):
         run(tmp_path)

@@ -8,7 +8,7 @@
 A checkpoint is written under a temporary name, flushed to the disk, and renamed; a run that is killed leaves at most
 a `.tmp-checkpoint-*` folder, which the next run removes. The schedule and the settings on the modules come from the
 call, never from a file. One process at a time may write to a folder (a lock, held by rank 0 under torchrun), and all
-ranks must see the folder. A finished run is only read.
+ranks must see the folder. A finished run is only read; one that a stop rule ended is not finished, and can go on.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from effnn.staged.training.checkpoints.optimizer_file import load_optimizer, sav
 from effnn.staged.training.ranks import Ranks
 from effnn.staged.training.state import Point, Recipe, Stage, TrainState
 
-_FORMAT = "effnn staged run 2"
+_FORMAT = "effnn staged run 3"
 _SHOWN = 4
 """So many differences between two runs are named in a message."""
 _NAME = re.compile(r"step-(\d{8,})-stage-(\d{2,})")
@@ -65,8 +65,8 @@ class Checkpoints:
         self.start, self.stages = start, stages
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[TrainState, bool] | None]:
-        """The state of the newest checkpoint, and whether the run had finished there; None without a checkpoint.
+    def opened(self) -> Iterator[tuple[TrainState, str | None] | None]:
+        """The state of the newest checkpoint, and how the run had ended there (`write`); None without a checkpoint.
 
         Inside the block the folder is locked for this run. Raises InvalidInput, on all ranks, for a folder that another
         process uses, a damaged checkpoint and one of another run, and CannotWrite for a folder that cannot be written.
@@ -75,9 +75,12 @@ class Checkpoints:
             found = self.ranks.first(lambda: self._newest(held))
             yield None if found is None else self.ranks.each(lambda: self._read(Path(found)))
 
-    def write(self, state: TrainState, finished: bool) -> None:
-        """Write a checkpoint on rank 0, then remove all but the newest `keep`; an error is raised on all ranks."""
-        self.ranks.first(lambda: self._write(state, finished))
+    def write(self, state: TrainState, ended: str | None) -> None:
+        """Write a checkpoint on rank 0, then remove all but the newest `keep`; an error is raised on all ranks.
+
+        ended: "finished" after the last step of the last stage, "stopped" where a stop rule ended the run, or None.
+        """
+        self.ranks.first(lambda: self._write(state, ended))
 
     def describe(self) -> str:
         """Which checkpoint there is, in words."""
@@ -118,7 +121,7 @@ class Checkpoints:
                 ) from None
             raise
 
-    def _read(self, path: Path) -> tuple[TrainState, bool]:
+    def _read(self, path: Path) -> tuple[TrainState, str | None]:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         with _no_progress_bars():
             model = self._kind().from_pretrained(
@@ -134,7 +137,7 @@ class Checkpoints:
         points = [Point(**point) for point in content["points"]]
         numbers = {name: content[name] for name in _NUMBERS}
         state = TrainState(model, optimizer, schedule, rewarm=rewarm, points=points, **numbers)
-        return state, content["finished"]
+        return state, content["ended"]
 
     def _model_at_start(self) -> GPT2LMHeadModel | None:
         return None if isinstance(self.start, GPT2Config) else getattr(self.start, "model", self.start)
@@ -149,15 +152,15 @@ class Checkpoints:
             before = self.start.stage + 1 if isinstance(self.start, TrainState) else 0
             carry_over(first, model, origin_of(first.config.n_layer, self.stages[: stage + 1 - before]))
 
-    def _write(self, state: TrainState, finished: bool) -> None:
+    def _write(self, state: TrainState, ended: str | None) -> None:
         goes_on = "goes on from it" if _sorted(self.folder) else "begins anew"
         with writing(
             f"the checkpoint of step {state.step} in {self.folder}",
             f"{self.describe()}; free some space there, and the same call {goes_on}",
         ):
-            self._write_all(state, finished)
+            self._write_all(state, ended)
 
-    def _write_all(self, state: TrainState, finished: bool) -> None:
+    def _write_all(self, state: TrainState, ended: str | None) -> None:
         target = self.folder / f"step-{state.step:08d}-stage-{state.stage:02d}"
         if target.exists():
             raise InvalidInput(f"{target} exists already: another run writes to this folder. Give each its own")
@@ -167,7 +170,7 @@ class Checkpoints:
             save_optimizer(temporary / "optimizer.pt", state.model, state.optimizer)
             content = {
                 "format": _FORMAT,
-                "finished": finished,
+                "ended": ended,
                 **{name: getattr(state, name) for name in _NUMBERS},
                 "rewarm": state.rewarm,
                 "frozen": [name for name, p in state.model.named_parameters() if not p.requires_grad],
@@ -200,7 +203,7 @@ def _finished(folder: Path) -> bool:
     """Whether the newest checkpoint says that it is the end of its run; whether it is whole is checked later."""
     try:
         content = json.loads((_sorted(folder)[-1] / "state.json").read_text(encoding="utf-8"))
-        return content["finished"] is True and content["format"] == _FORMAT
+        return content["ended"] == "finished" and content["format"] == _FORMAT
     except (IndexError, OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -2,15 +2,16 @@
 
 These are the start (configuration, weights, frozen weights, settings on the modules, gradient checkpointing, groups and
 moments of the optimizer, the position), the stages, the recipe and the tokens. Every checkpoint holds the fingerprint,
-and a run goes on from it only if all of it agrees. A schedule is compared by its values, so a lambda will do and
-nothing is unpickled. Not part of it: when checkpoints are written, how many are kept, train or eval mode (training sets
-it), hooks (a run has none), and the size of micro-batches, which changes rounding alone: a run that was out of memory
-goes on with smaller ones.
+and a run goes on from it only if all of it agrees. A schedule is compared by all its values up to the last step, so a
+lambda will do and nothing is unpickled. Not part of it: when checkpoints are written, how many are kept, train or eval
+mode (training sets it), and the size of micro-batches, which changes rounding alone: a run that was out of memory goes
+on with smaller ones. The code of a subclass and of the forward pass is not compared, only the name of the class.
 """
 
 import dataclasses
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from effnn.staged.growth.module_settings import changed_settings, checkpointing_arguments, skeleton
+from effnn.staged.growth.module_settings import changed_settings, checkpointing_arguments, dotted, skeleton
 from effnn.staged.growth.optimizer import names_by_group
 from effnn.staged.training.batches import Tokens, checked_tokens
 from effnn.staged.training.state import Recipe, Stage, TrainState
@@ -41,13 +42,11 @@ def fingerprint(
 ) -> dict[str, str]:
     """Name -> description of everything that decides the curve, in the order of interest. Tensors are hashed whole."""
     model = skeleton(start) if isinstance(start, GPT2Config) else getattr(start, "model", start)
-    furthest = sum(stage.steps for stage in stages) + max(stage.entry or 0 for stage in stages)
-    furthest += start.position if isinstance(start, TrainState) else 0
     found = {"start": f"a {type(start).__name__}"} | _config(model)
     found |= {f"stage {number}": repr(stage) for number, stage in enumerate(stages)} | {"stages": str(len(stages))}
     settings = {field.name: repr(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
     found |= {name: text for name, text in settings.items() if name not in _NOT_OF_THE_RUN}
-    found["schedule"] = _schedule(recipe.schedule, furthest)
+    found["schedule"] = _schedule(recipe.schedule, _last_position(start, stages))
     found["training tokens"] = _tokens(checked_tokens(train_tokens, recipe.context, "training"))
     found["validation tokens"] = _tokens(checked_tokens(validation_tokens, recipe.context, "validation"))
     if not isinstance(start, GPT2Config):
@@ -71,7 +70,7 @@ def _config(model: GPT2LMHeadModel) -> dict[str, str]:
 
 def _modules(model: GPT2LMHeadModel) -> dict[str, str]:
     """Changed settings on the modules (dropout rates, ...), gradient checkpointing, frozen weights."""
-    found = {f"setting {name}.{key}": repr(value) for (name, key), value in changed_settings(model).items()}
+    found = {f"setting {dotted(name, key)}": repr(value) for (name, key), value in changed_settings(model).items()}
     found |= {f"checkpointing of {name}": text for name, text in checkpointing_arguments(model).items()}
     return found | {f"training of {name}": "frozen" for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -107,11 +106,21 @@ def _moments(model: GPT2LMHeadModel, optimizer: AdamW) -> dict[str, str]:
     return found
 
 
-def _schedule(schedule: Callable[[int], float], furthest: int) -> str:
-    if dataclasses.is_dataclass(schedule) and "0x" not in repr(schedule):
-        return repr(schedule)
-    positions = sorted({furthest * i // 1024 for i in range(1025)})
-    return f"values {_digest([repr([float(schedule(position)) for position in positions]).encode()])}"
+def _last_position(start: GPT2Config | GPT2LMHeadModel | TrainState, stages: Sequence[Stage]) -> int:
+    """The last position of which the schedule is asked; a re-warm asks for its own end."""
+    position, last = (start.position, sum(start.rewarm or ())) if isinstance(start, TrainState) else (0, 0)
+    for stage in stages:
+        position = position if stage.entry is None else stage.entry
+        last = max(last, position + max(stage.steps, stage.rewarm))
+        position += stage.steps
+    return last
+
+
+def _schedule(schedule: Callable[[int], float], last: int) -> str:
+    """By all its values up to the last position, and by its own words where they are the same in every process."""
+    values = array("d", (schedule(position) for position in range(last + 1)))
+    words = f"{schedule!r}, " if dataclasses.is_dataclass(schedule) and "0x" not in repr(schedule) else ""
+    return f"{words}values to position {last} {_digest([values])}"
 
 
 def _tokens(tokens: Tokens) -> str:
@@ -132,7 +141,7 @@ def _hash(tensor: Tensor) -> str:
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')} {_digest([_bytes(tensor.detach().cpu())])}"
 
 
-def _digest(parts: Iterable[bytes | memoryview]) -> str:
+def _digest(parts: Iterable[bytes | memoryview | array]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
