@@ -1,7 +1,7 @@
-"""Small encoders trained from scratch: the starting checkpoints that the notebooks prune.
+"""Encoders trained on a task, from scratch or from pretrained weights: the starting checkpoints of the notebooks.
 
-`train_classifier` gives a fine-tuned model in the sense of the papers (it was trained on its task), in a minute or two
-on one core. A finished model is cached; an unfinished one goes on from its last whole epoch. No pretraining is done.
+`train_classifier` gives a fine-tuned model in the sense of the papers (it was trained on its task), in minutes on one
+core. A finished model is cached; an unfinished one goes on from its last whole epoch. No pretraining is done.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from effnn.data.text.encoding import encode_split
 from effnn.data.text.task import Split, TextTask
 from effnn.experiments.shared.models import ClassifierConfig, build_model
 from effnn.experiments.shared.pool import cores, run_jobs
+from effnn.experiments.shared.pretrained import load_tokenizer, locate
 from effnn.experiments.shared.training import EVALUATION_BATCH, Accuracy, Progress, Rows, evaluate, fit
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class TrainedClassifier:
 def train_classifier(
     task: TextTask | ImageTask, config: ClassifierConfig | None = None, device: str = "cpu"
 ) -> TrainedClassifier:
-    """Train a classifier of `task` from scratch, or take it from the cache.
+    """Train a classifier of `task`, or take it from the cache.
 
     Equal task, configuration and versions give equal weights (on a CPU with one thread). Killed and started again, the
     training goes on from the last epoch that was finished.
@@ -112,6 +113,8 @@ def train_classifiers(
 def _tokenizer(task: TextTask | ImageTask, config: ClassifierConfig) -> PreTrainedTokenizerBase | None:
     if isinstance(task, ImageTask):
         return None
+    if config.start:
+        return load_tokenizer(config.start)
     tokenizer = tokenizer_for(task, config.vocab)
     if config.family == "distilbert":  # it has no token types
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -131,6 +134,7 @@ def _key(
         "tokenizer": tokenizer and fingerprint(tokenizer),
         "config": dataclasses.asdict(config),
         "device": device,
+        "start": locate(config.start).digest if config.start else None,
     }
 
 
