@@ -33,6 +33,10 @@ from effnn.comm.launching.worker import Job, Report
 LINGER = 5.0  # seconds that a rank has to end once every rank has its result
 TERMINATE = 2.0  # seconds between SIGTERM and SIGKILL
 
+PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
+"""Limits of `run_ranks` where times or verdicts come of what the ranks do: they end what hangs, and nothing that a busy
+machine slows down."""
+
 STILL_RUNNING = "still running when the time limit ended it"
 
 

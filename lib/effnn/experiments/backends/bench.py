@@ -56,7 +56,8 @@ def _runs(setting: Setting) -> tuple[list[dict], ...]:
     arguments = (["gloo", "ccl"], list(setting.sizes), ROUNDS, 0.2)
     with _confined(setting.cores):
         return tuple(
-            launch.run(timing.all_reduce_rounds, setting.ranks, "gloo", args=arguments)[0] for _ in range(RUNS)
+            launch.run(timing.all_reduce_rounds, setting.ranks, "gloo", args=arguments, **launch.PATIENT)[0]
+            for _ in range(RUNS)
         )
 
 

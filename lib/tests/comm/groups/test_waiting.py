@@ -223,7 +223,8 @@ def test_a_guarded_thread_alone_survives_terminate(thread, code, out):
 def test_the_crowded_key_is_measured_on_its_cores(two_cores, monkeypatch):
     seen = []
 
-    def run(fn, ranks, backend, args):
+    def run(fn, ranks, backend, args, **limits):
+        assert limits == launch.PATIENT
         seen.append((ranks, len(os.sched_getaffinity(0)), args[1]))
         times = {"gloo": (2.0, 2.0, 5.0), "ccl": (2.0, 9.0, 4.0)}
         return [[{"backend": b, "bytes": 1 << 20, "load": 1.0, "ms": ms} for b in args[0] for ms in times[b]]]
