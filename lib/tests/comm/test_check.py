@@ -30,7 +30,7 @@ needs_mpi = pytest.mark.skipif(mpi.unavailable() is not None, reason=str(mpi.una
 def started(*command, **variables):
     environment = {name: value for name, value in os.environ.items() if name not in STARTED_BY_OTHERS}
     environment |= {"I_MPI_FABRICS": "shm", "I_MPI_PIN": "0", "OMP_NUM_THREADS": "1"} | variables
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if "CCL_WARN" not in line]
     return done, lines[0] if lines else "", dict(line.split(maxsplit=1) for line in lines[1:])
 

@@ -89,7 +89,7 @@ def test_unknown_names_list_the_known_ones(monkeypatch):
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return launch.run(workers.checks_of_idle_functions, 2, "gloo", timeout=60, group_timeout=10)
+    return launch.run(workers.checks_of_idle_functions, 2, "gloo", timeout=300, group_timeout=10)
 
 
 @pytest.mark.parametrize("row", list(workers.NEEDS))
