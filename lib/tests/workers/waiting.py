@@ -54,6 +54,16 @@ def answers(sleepers):
     return found
 
 
+def checksums(sizes):
+    """Checksums of sums of random numbers, which tell the order of addition; sizes in bytes."""
+    found = []
+    for size in sizes:
+        tensor = torch.randn(size // 4, generator=torch.Generator().manual_seed(size + dist.get_rank()))
+        dist.all_reduce(tensor)
+        found.append(zlib.crc32(tensor.numpy().tobytes()))
+    return found
+
+
 def threads_while_idle(looks=20):
     """What the other threads do while the rank is idle.
 

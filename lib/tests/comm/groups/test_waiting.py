@@ -194,6 +194,17 @@ def test_a_user_who_wants_active_waiting_in_a_crowd_gets_it(two_cores, forked):
     assert [tied_to for tied_to, _ in found] == [[]] * 3
 
 
+def test_a_users_choice_of_algorithms_by_size_reaches_the_library(two_cores, forked):
+    """Which one was taken shows in the order of the additions."""
+    found = {}
+    for choice in ("recursive_doubling", "ring", "recursive_doubling:0-65536;ring:65537-max"):
+        environment, arguments = {"CCL_ALLREDUCE": choice}, ([4096, 65536, 65540, 1 << 20],)
+        found[choice] = launch.run(workers.checksums, 4, "ccl", args=arguments, env=environment, **launch.PATIENT)
+        assert all(rank == found[choice][0] for rank in found[choice])
+    doubling, ring, by_size = (ranks[0] for ranks in found.values())
+    assert not set(doubling) & set(ring) and by_size == doubling[:2] + ring[2:]
+
+
 def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cores, forked):
     """Each rank waits in its own way; the answers are those of ranks that all wait actively."""
     active = launch.run(workers.answers, 3, "gloo", args=((),), timeout=300)
@@ -256,6 +267,10 @@ def test_a_guarded_thread_alone_survives_terminate(thread, code, out):
 def test_the_crowded_key_is_measured_on_its_cores(two_cores, monkeypatch):
     seen = []
 
+    for name in [name for name in os.environ if name.startswith("CCL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CCL_ALLREDUCE", "ring:0-max")
+
     def run(fn, ranks, backend, args, **limits):
         assert limits == launch.PATIENT
         seen.append((ranks, len(os.sched_getaffinity(0)), args[1]))
@@ -270,3 +285,4 @@ def test_the_crowded_key_is_measured_on_its_cores(two_cores, monkeypatch):
         bench_comm._runs.cache_clear()
     assert seen == [(4, 2, [1 << 20])] * bench_comm.RUNS
     assert measured.runs == (2.0,) * bench_comm.RUNS and measured.seconds["ccl"][0] == 0.004
+    assert measured.note.endswith("1048576 bytes per rank; CCL_ALLREDUCE=ring:0-max")
