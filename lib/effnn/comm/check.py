@@ -67,10 +67,8 @@ def _check_here(asked: str | None, seconds: float) -> int:
             failed = failed or asked is not None
             continue
         names, device = list(operations.OPERATIONS), backends.DEVICES[name][0]
-        limit = 6 * seconds + 30
-        found = answers.in_new_processes(
-            name, device, names, RANKS, seconds, limit, f"{operations.__name__}:OPERATIONS"
-        )
+        limits = {"timeout": 6 * seconds + 30, "group_timeout": seconds}
+        found = answers.in_new_processes(name, device, names, RANKS, f"{operations.__name__}:OPERATIONS", **limits)
         print(_heading(name, [socket.gethostname()] * RANKS))
         for operation, answer in found.items():
             _say(operation, answer)

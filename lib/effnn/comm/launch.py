@@ -9,6 +9,8 @@ A function should end with its last collective complete on all ranks (a barrier,
 rank that returns leaves the group at once, and a peer that still waits for it gets a lost connection.
 """
 
+import dataclasses
+import math
 import os
 import pickle
 import platform
@@ -32,6 +34,11 @@ from effnn.comm.launching.worker import Job, Report
 
 LINGER = 5.0  # seconds that a rank has to end once every rank has its result
 TERMINATE = 2.0  # seconds between SIGTERM and SIGKILL
+CAUSE = 5.0  # seconds in which the end of a rank, of which the others have only heard, must show
+
+PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
+"""Limits of `run_ranks` where times or verdicts come of what the ranks do: they end what hangs, and nothing that a busy
+machine slows down."""
 
 STILL_RUNNING = "still running when the time limit ended it"
 
@@ -48,6 +55,7 @@ class RankResult:
     finished: float | None = None  # seconds after the start at which it returned, failed or was ended
     stderr: str = ""  # the last 4000 bytes or so
     still_running: bool = False  # when the time limit ended it
+    of_communication: bool = False  # the error may come of a peer's end
 
     @property
     def ok(self) -> bool:
@@ -56,7 +64,10 @@ class RankResult:
 
 
 class WorkerFailed(EffnnError, RuntimeError):
-    """A rank failed. `rank` is the first one by time, `results` holds all of them in rank order."""
+    """A rank failed. `rank` is the first one by time, `results` holds all of them in rank order.
+
+    A rank that died comes before those that then lost their connection to it.
+    """
 
     def __init__(self, results: Sequence[RankResult]):
         super().__init__(results)
@@ -207,7 +218,8 @@ def _private_folder() -> tempfile.TemporaryDirectory:
 def _wait(ranks: Ranks, output: Output, started: float, timeout: float, grace: float) -> dict[int, Report]:
     """Watch until every rank has a report or the time is up; those that have none by then get one from here."""
     reports: dict[int, Report] = {}
-    first_failure, deadline, looked = None, started + timeout, started
+    died: set[int] = set()
+    failed_at, deadline, looked = None, started + timeout, started
     while len(reports) < ranks.size and looked < deadline:
         time.sleep(POLL)
         before, looked = looked, time.monotonic()
@@ -217,18 +229,35 @@ def _wait(ranks: Ranks, output: Output, started: float, timeout: float, grace: f
             if report is None and code is not None:
                 # Died in between. The earlier time, as its death may have made the others fail since, not vice versa.
                 report = Report(before, error=_death(code))
+                died.add(rank)
             if report is not None:
                 reports[rank] = report
         output.pass_on()
-        failures = [rank for rank in reports if reports[rank].error is not None]
-        if failures and first_failure is None:
-            first_failure = min(failures, key=lambda rank: reports[rank].time)
-            deadline = min(deadline, looked + grace)
+        failures = [report for report in reports.values() if report.error is not None]
+        if failures:
+            failed_at = failed_at or looked
+            explained = died or not all(report.of_communication for report in failures)
+            deadline = min(deadline, failed_at + (grace if explained else max(grace, CAUSE)))
+    _date_deaths(reports, died)
     while len(reports) == ranks.size and ranks.running() and time.monotonic() < looked + LINGER:
         time.sleep(POLL)
-    late = first_failure is None
-    ended = STILL_RUNNING if late else f"ended by the launcher after rank {first_failure} failed"
-    return {rank: reports.get(rank) or Report(looked, error=ended, still_running=late) for rank in range(ranks.size)}
+    failed = [rank for rank in reports if reports[rank].error is not None]
+    ended = STILL_RUNNING
+    if failed:
+        ended = f"ended by the launcher after rank {min(failed, key=lambda rank: reports[rank].time)} failed"
+    late = Report(looked, error=ended, still_running=not failed)
+    return {rank: reports.get(rank) or late for rank in range(ranks.size)}
+
+
+def _date_deaths(reports: dict[int, Report], died: Iterable[int]) -> None:
+    """Date the ranks that died before the others' loss of connection.
+
+    The system closes the connections of a process before it shows its end, on a busy machine long before.
+    """
+    lost = min((report.time for report in reports.values() if report.of_communication), default=math.inf)
+    for rank in died:
+        time_of_death = min(reports[rank].time, math.nextafter(lost, 0.0))
+        reports[rank] = dataclasses.replace(reports[rank], time=time_of_death)
 
 
 def _rank_result(rank: int, report: Report, ranks: Ranks, started: float) -> RankResult:
@@ -240,7 +269,15 @@ def _rank_result(rank: int, report: Report, ranks: Ranks, started: float) -> Ran
             error = f"{type(failure).__name__}: the result cannot be unpickled here: {failure}"
     finished = report.time - started
     return RankResult(
-        rank, result, error, text, ranks.exit_code(rank), finished, ranks.stderr(rank), report.still_running
+        rank,
+        result,
+        error,
+        text,
+        ranks.exit_code(rank),
+        finished,
+        ranks.stderr(rank),
+        report.still_running,
+        report.of_communication,
     )
 
 

@@ -24,7 +24,7 @@ from effnn.comm import launch
 from effnn.comm.groups import mpi
 from effnn.comm.groups.interfaces import loopback
 from effnn.comm.launch import LaunchTimeout, WorkerFailed, run, run_ranks
-from effnn.comm.launching.worker import start_time
+from effnn.comm.launching.worker import Report, start_time
 
 WITH_MPI = pytest.param(
     "mpi4py", marks=pytest.mark.skipif(mpi.unavailable() is not None, reason=str(mpi.unavailable()))
@@ -39,18 +39,37 @@ class FakeNode:
     address: str
 
 
-def pids(folder, names, within=8.0):
+def pids(folder, names, within=120.0):
     """Process ids that the ranks have written, waiting for them."""
     limit = time.monotonic() + within
     while time.monotonic() < limit:
-        found = [Path(folder, name) for name in names]
-        if all(path.exists() and path.read_text() for path in found):
-            return [int(path.read_text()) for path in found]
+        if written(folder, names):
+            return [int(Path(folder, name).read_text()) for name in names]
         time.sleep(0.02)
     raise AssertionError(f"no {names} within {within} s")
 
 
-def all_gone(processes, within):
+def written(folder, names):
+    return all(path.exists() and path.read_text() for path in (Path(folder, name) for name in names))
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch, tmp_path):
+    """A function: the clock of the time limit stands still until the ranks have written those files, then jumps."""
+
+    def stop(names, seconds):
+        begin = time.monotonic()
+
+        def monotonic():
+            assert time.monotonic() - begin < 300, f"no {names}"
+            return seconds if written(tmp_path, names) else 0.0
+
+        monkeypatch.setattr(launch, "time", types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+
+    return stop
+
+
+def all_gone(processes, within=60.0):
     limit = time.monotonic() + within
     while time.monotonic() < limit:
         if all(start_time(pid) is None for pid in processes):
@@ -73,9 +92,10 @@ def test_results_come_in_rank_order_and_text_names_a_function():
 
 def test_a_rank_result_says_when_and_how_its_rank_ended_and_the_folder_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begin = time.monotonic()
     (result,) = run_ranks(launched.settings, 1, None)
     folder, path, leads_its_group = result.result
-    assert result.ok and result.exit_code == 0 and 0 < result.finished < 10
+    assert result.ok and result.exit_code == 0 and 0 < result.finished <= time.monotonic() - begin
     assert folder == os.getcwd() and path == sys.path and leads_its_group
     assert list(tmp_path.iterdir()) == []
 
@@ -138,10 +158,9 @@ def test_ranks_below_mpiexec_have_the_same_variables():
 
 
 def test_the_first_failing_ranks_traceback_is_forwarded_and_the_others_are_ended():
-    begin = time.monotonic()
     with pytest.raises(WorkerFailed) as caught:
-        run(launched.raises_on, 2, None, args=(1,))
-    assert time.monotonic() - begin < 9 and caught.value.rank == 1
+        run(launched.raises_on, 2, None, args=(1, 3600.0))
+    assert caught.value.rank == 1
     message = str(caught.value)
     assert "rank 1 of 2 failed" in message and "rank 0: ended by the launcher after rank 1 failed" in message
     assert 'raise ValueError(f"boom on {rank}' in message and "and a second line" in message
@@ -150,19 +169,61 @@ def test_the_first_failing_ranks_traceback_is_forwarded_and_the_others_are_ended
 
 
 def test_within_the_grace_others_may_still_return():
-    kept, failed = run_ranks(launched.raises_on, 2, None, args=(1, 1.0), grace=8)
+    kept, failed = run_ranks(launched.raises_on, 2, None, args=(1, 1.0), grace=120)
     assert kept.ok and kept.exit_code == 0 and not failed.ok and kept.finished > failed.finished
 
 
 @BOTH
 def test_after_a_rank_was_killed_the_others_raise_by_the_groups_time_out(backend):
     one, two, dead = run_ranks(
-        launched.one_dies_in_all_reduce, 3, backend, args=(launched.killed,), group_timeout=3, grace=15
+        launched.one_dies_in_all_reduce, 3, backend, args=(launched.killed,), group_timeout=3, grace=120
     )
     assert WorkerFailed([one, two, dead]).rank == 2  # the cause is told from what followed from it
     assert dead.error == "killed by SIGKILL" and dead.exit_code == -signal.SIGKILL
     for survivor in (one, two):
-        assert "all_reduce" in survivor.traceback and dead.finished < survivor.finished < dead.finished + 4.5
+        assert "all_reduce" in survivor.traceback and dead.finished < survivor.finished
+
+
+class Seen:
+    """In place of ranks and output: reports at the first look, and the exit of a rank at a later one."""
+
+    def __init__(self, reports, dying, looks):
+        self.size, self._reports, self._dying, self._looks = 3, reports, dying, looks
+
+    def report(self, rank):
+        return self._reports.get(rank)
+
+    def exit_code(self, rank):
+        if rank == self._dying:
+            self._looks -= 1
+        return -signal.SIGKILL if rank == self._dying and self._looks < 0 else None
+
+    def running(self):
+        return []
+
+    def pass_on(self):
+        pass
+
+
+@pytest.mark.parametrize("grace", [0.0, 60.0])
+def test_a_rank_that_died_comes_before_those_that_lost_it_though_its_end_is_seen_later(grace):
+    lost = Report(time.monotonic(), error="connection closed", of_communication=True)
+    seen = Seen({0: lost, 1: lost}, dying=2, looks=8)
+    reports = launch._wait(seen, seen, lost.time - 1, 60.0, grace)
+    assert reports[2].error == "killed by SIGKILL" and reports[2].time < lost.time == reports[0].time
+
+
+def test_a_rank_that_failed_by_itself_comes_before_one_that_died_later():
+    raised = Report(time.monotonic(), error="ValueError: boom")
+    lost = Report(time.monotonic() + 1e-3, error="connection closed", of_communication=True)
+    seen = Seen({0: lost, 1: raised}, dying=2, looks=3)
+    reports = launch._wait(seen, seen, raised.time - 1, 60.0, 60.0)
+    assert raised.time < reports[2].time < lost.time
+
+
+def test_errors_of_communication_are_known_also_below_others():
+    found = run(launched.errors_of_communication, 2, "gloo", group_timeout=2)
+    assert found == [{"ValueError": False, "a time-out of gloo": True, "raised from it": True}] * 2
 
 
 @pytest.mark.parametrize(
@@ -199,27 +260,32 @@ def test_when_mpiexec_fails_its_words_are_in_the_error(tmp_path, monkeypatch):
 
 
 @BOTH
-def test_at_the_time_limit_all_are_ended_and_the_message_says_where_they_were(backend, tmp_path):
+def test_at_the_time_limit_all_are_ended_and_the_message_says_where_they_were(
+    backend, tmp_path, stopped_clock, monkeypatch
+):
+    monkeypatch.setattr(launch, "TERMINATE", 60.0)  # a busy rank needs its time to say where it was
+    stopped_clock(["rank-0", "rank-1", "child-0", "child-1"], 12.5)
     with pytest.raises(LaunchTimeout) as caught:
         run(launched.leaves_a_pid_and_sleeps, 2, backend, args=(str(tmp_path), True), timeout=12.0)
-    assert "rank 0, 1 of 2 still running after 12." in str(caught.value)
+    assert "rank 0, 1 of 2 still running after 12.5 s" in str(caught.value)
     assert "launched.py" in str(caught.value) and "in leaves_a_pid_and_sleeps" in str(caught.value)
     assert all(result.error == launch.STILL_RUNNING for result in caught.value.results)
-    assert all_gone(pids(tmp_path, ["rank-0", "rank-1", "child-0", "child-1"]), within=2)
+    assert all_gone(pids(tmp_path, ["rank-0", "rank-1", "child-0", "child-1"]))
 
 
-def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, monkeypatch, stopped_clock):
     monkeypatch.setattr(launch, "TERMINATE", 0.5)
+    stopped_clock(["rank-0"], 3.0)
     (result,) = run_ranks(launched.ignores_sigterm_and_sleeps, 1, None, args=(str(tmp_path),), timeout=3)
     assert result.error == launch.STILL_RUNNING and result.exit_code == -signal.SIGKILL
-    assert all_gone(pids(tmp_path, ["rank-0"]), within=1)
+    assert all_gone(pids(tmp_path, ["rank-0"]))
 
 
 def test_a_result_counts_though_its_rank_does_not_end_and_children_left_behind_are_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LINGER", 0.5)
     (result,) = run_ranks(launched.leaves_a_child_and_a_thread, 1, None, args=(str(tmp_path),))
     assert result.ok and result.result == "done" and result.exit_code == -signal.SIGTERM
-    assert all_gone(pids(tmp_path, ["child-0"]), within=1)
+    assert all_gone(pids(tmp_path, ["child-0"]))
 
 
 @BOTH
@@ -234,13 +300,13 @@ def test_workers_end_with_the_launcher_and_the_next_start_removes_its_folder(
     script = f"import sys; sys.path.append({str(paths.TESTS)!r})\nfrom effnn.comm.launch import run\n{call}"
     launcher = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
-        ranks = pids(tmp_path, ["rank-0", "rank-1"], within=60)
+        ranks = pids(tmp_path, ["rank-0", "rank-1"])
         started = {child.pid for child in psutil.Process(launcher.pid).children(recursive=True)}  # mpiexec's as well
         assert set(ranks) <= started
     finally:
         launcher.send_signal(how)
         launcher.wait()
-    assert all_gone(started, within=5)
+    assert all_gone(started)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     launch._private_folder().cleanup()
     assert not list(tmp_path.glob("effnn-launch-*"))
@@ -316,7 +382,7 @@ def script(folder, text, *command):
     path.write_text(textwrap.dedent(text))
     environment = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.run(
-        [sys.executable, *(command or (str(path),))], env=environment, capture_output=True, text=True, timeout=30
+        [sys.executable, *(command or (str(path),))], env=environment, capture_output=True, text=True, timeout=300
     )
 
 

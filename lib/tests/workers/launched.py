@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from effnn.comm.groups.lane.call import is_of_communication
+
 
 def rank_and(word, *, suffix=""):
     return int(os.environ["RANK"]), f"{word}{suffix}"
@@ -49,6 +51,20 @@ def one_dies_in_all_reduce(how, pause=0.05):
             how()
         dist.all_reduce(torch.ones(1000))
         time.sleep(pause)
+
+
+def errors_of_communication():
+    """What is_of_communication says of an error, of a time-out of gloo, and of an error that was raised from that."""
+    found = {"ValueError": is_of_communication(ValueError("no"))}
+    try:
+        try:
+            dist.recv(torch.zeros(1), src=1 - dist.get_rank())  # nobody sends
+        except RuntimeError as error:
+            found["a time-out of gloo"] = is_of_communication(error)
+            raise KeyError("of the program") from error
+    except KeyError as error:
+        found["raised from it"] = is_of_communication(error)
+    return found
 
 
 def killed():

@@ -1,21 +1,29 @@
 """What the ranks of test_waiting.py run."""
 
 import os
+import threading
 import time
 import zlib
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from effnn.comm.groups.oneccl import waiting
 
-def threads_of_the_library():
-    """Cores of the threads that making a ccl group adds and ties to one core each; names of oneCCL's variables."""
+
+def threads_of_the_library(size=None):
+    """Cores of the threads that making a ccl group adds and ties to one core each; names of oneCCL's variables.
+
+    size: of the group, which has the first ranks; None for all.
+    """
     before = set(os.listdir("/proc/self/task"))
-    group = dist.new_group(backend="ccl")
-    tensor = torch.full((1000,), float(dist.get_rank() + 1))
-    dist.all_reduce(tensor, group=group)
-    size = dist.get_world_size()
-    assert tensor.tolist() == [size * (size + 1) / 2] * 1000
+    size = size or dist.get_world_size()
+    group = dist.new_group(range(size), backend="ccl")
+    if dist.get_rank() < size:
+        tensor = torch.full((1000,), float(dist.get_rank() + 1))
+        dist.all_reduce(tensor, group=group)
+        assert tensor.tolist() == [size * (size + 1) / 2] * 1000
     added = [int(thread) for thread in set(os.listdir("/proc/self/task")) - before]
     masks = [os.sched_getaffinity(thread) for thread in added]
     dist.barrier()
@@ -46,15 +54,43 @@ def answers(sleepers):
     return found
 
 
-def cpu_time_while_idle(seconds=2.0):
-    """Seconds that the rank was idle, and its processor time in them."""
+def checksums(sizes):
+    """Checksums of sums of random numbers, which tell the order of addition; sizes in bytes."""
+    found = []
+    for size in sizes:
+        tensor = torch.randn(size // 4, generator=torch.Generator().manual_seed(size + dist.get_rank()))
+        dist.all_reduce(tensor)
+        found.append(zlib.crc32(tensor.numpy().tobytes()))
+    return found
+
+
+def threads_while_idle(looks=20):
+    """What the other threads do while the rank is idle.
+
+    Whether each is the library's worker, in how many looks it was running, and how often it woke up meanwhile.
+    """
     dist.all_reduce(torch.ones(1000))
-    time.sleep(0.2)
-    busy = time.process_time()
-    time.sleep(seconds)
-    busy = time.process_time() - busy
+    time.sleep(0.5)
+    mine, found = str(threading.get_native_id()), []
+    for _ in range(looks):
+        found.append({thread: look_at(thread) for thread in os.listdir("/proc/self/task") if thread != mine})
+        time.sleep(0.1)
     dist.barrier()
-    return seconds, busy
+    return [
+        (
+            waiting.is_worker(int(thread)),
+            sum(look[thread][0] == "R" for look in found),
+            found[-1][thread][1] - found[0][thread][1],
+        )
+        for thread in set(found[0]).intersection(*found)
+    ]
+
+
+def look_at(thread):
+    """State of a thread (R: it runs or wants to), and how often it has gone to sleep."""
+    lines = Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
+    return values["State"].split()[0], int(values["voluntary_ctxt_switches"])
 
 
 def unequal_sizes(numel):

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from effnn.base import atomic_path, first_line
+from effnn.comm.groups.lane.call import is_of_communication
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Report:
     error: str | None = None
     traceback: str | None = None
     still_running: bool = False  # when the time limit ended it
+    of_communication: bool = False  # the error may come of a peer's end
 
 
 def start_time(pid: int) -> str | None:
@@ -91,7 +93,10 @@ def main(folder: Path) -> None:
     except BaseException as error:
         exit_code = 1
         report = Report(
-            time.monotonic(), None, f"{type(error).__name__}: {first_line(error, 1000)}", traceback.format_exc()
+            time.monotonic(),
+            error=f"{type(error).__name__}: {first_line(error, 1000)}",
+            traceback=traceback.format_exc(),
+            of_communication=is_of_communication(error),
         )
     with atomic_path(folder / f"report-{rank}") as temporary:
         temporary.write_bytes(pickle.dumps(report))

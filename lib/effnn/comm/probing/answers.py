@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from effnn.base import EffnnError, NotAvailable, first_line, temporary_folder
 from effnn.comm import launch
-from effnn.comm.groups.lane.call import CollectiveTimeout
+from effnn.comm.groups.lane.call import CollectiveTimeout, is_of_communication
 from effnn.comm.probing import operations
 
 Checks = Mapping[str, Callable[[torch.device], None]]
@@ -58,6 +58,7 @@ class Answer:
     rank: whose answer it is; of several failures, the one that came first.
     time: time.time() of that rank at the end of the operation.
     others: how many other ranks failed as well.
+    of_communication: whether the message is of a lost connection or a time-out, which a peer may have caused.
     """
 
     status: Status
@@ -65,10 +66,16 @@ class Answer:
     rank: int = 0
     time: float = 0.0
     others: int = 0
+    of_communication: bool = False
 
     @property
     def ok(self) -> bool:
         return self.status is Status.OK
+
+    @property
+    def may_be_slowness(self) -> bool:
+        """Whether a busy machine may be all that is behind a failure."""
+        return self.status is Status.HANG or self.of_communication
 
     @property
     def sentence(self) -> str:
@@ -85,18 +92,18 @@ def in_new_processes(
     device: str,
     names: Sequence[str],
     world_size: int,
-    seconds: float,
-    timeout: float,
     checks: str,
+    timeout: float,
+    group_timeout: float,
 ) -> dict[str, Answer]:
     """Run the checks in processes of their own; return the answers up to the first failure, at least one.
 
     backend, device: what runs them, and where their tensors are.
     names: of the checks. Where no rank even begins, all of them get the reason as their answer.
     world_size: number of ranks.
-    seconds: after which a call that cannot complete is an error.
-    timeout: seconds for everything; a rank that still runs then hangs.
     checks: "module:attribute" of a mapping from a name to its check; the ranks import it.
+    timeout: seconds for everything; a rank that still runs then hangs.
+    group_timeout: seconds after which a call that cannot complete is an error.
     """
     with temporary_folder(Path(tempfile.gettempdir()), "effnn-answers-") as folder:
         path = folder / "answers"
@@ -104,9 +111,9 @@ def in_new_processes(
             _in_rank,
             world_size,
             backend,
-            args=(list(names), device, str(path), seconds, checks),
+            args=(list(names), device, str(path), group_timeout, checks),
             timeout=timeout,
-            group_timeout=seconds,
+            group_timeout=group_timeout,
             grace=2 * _MOMENT,
         )
         began = path.exists()
@@ -119,7 +126,8 @@ def in_new_processes(
     if failed:  # the end of a process explains the errors of its peers
         first = min(failed, key=lambda one: one.finished or float("inf"))
         hang = first.still_running or _tells_of_a_timeout(first.error)
-        stopped = Answer(Status.HANG if hang else Status.ERROR, first.error, first.rank)
+        status = Status.HANG if hang else Status.ERROR
+        stopped = Answer(status, first.error, first.rank, of_communication=first.of_communication)
     elif stopped is None:
         stopped = Answer(Status.ERROR, "a rank ended without an answer")
     elif stopped.status is Status.SILENT:
@@ -168,14 +176,16 @@ def in_group(
 def together(answers: Sequence[Answer]) -> Answer:
     """What several ranks' answers say: a rank that does not answer counts first, then the first failure in time.
 
-    Later failures may come of the first. A rank whose time-out has passed closes its connections, and may say so a
-    moment later than those who lose them.
+    Later failures may come of the first. A rank whose time-out has passed closes its connections, and may say so later
+    than those who lose them, so a time-out comes before a lost connection.
     """
     failures = [answer for answer in answers if not answer.ok]
     if not failures:
         return answers[0]
     silent = [answer for answer in failures if answer.status is Status.SILENT]
-    first = min(silent or failures, key=lambda one: one.time - (_MOMENT if one.status is Status.HANG else 0.0))
+    first = min(silent or failures, key=lambda one: one.time)
+    if first.status is Status.ERROR and first.of_communication:
+        first = min((one for one in failures if one.status is Status.HANG), key=lambda one: one.time, default=first)
     return dataclasses.replace(first, others=len(failures) - 1)
 
 
@@ -263,7 +273,7 @@ def _in_rank(names: list[str], device: str, path: str, seconds: float, checks: s
 
 
 def _attempt(check: Callable[[torch.device], None], device: torch.device) -> Answer:
-    status, message = Status.OK, ""
+    status, message, of_communication = Status.OK, "", False
     try:
         check(device)
     except operations.WrongResult as error:
@@ -272,7 +282,8 @@ def _attempt(check: Callable[[torch.device], None], device: torch.device) -> Ans
         message = sentence(error)
         late = isinstance(error, CollectiveTimeout) or _tells_of_a_timeout(message)
         status = Status.HANG if late else Status.ERROR
-    return Answer(status, message, dist.get_rank(), time.time())
+        of_communication = is_of_communication(error)
+    return Answer(status, message, dist.get_rank(), time.time(), of_communication=of_communication)
 
 
 def _tells_of_a_timeout(message: str) -> bool:

@@ -1,7 +1,10 @@
 """The support matrix: which operation works on which backend and device, found by running each with value checks.
 
 Every backend gets processes of its own. An operation that hangs or kills its processes costs only its own cell: the
-rest go on in new ones. A `Probe` of one machine can be saved, and merged with one of another (one with GPUs, say).
+rest go on in new ones. A cell says what a backend can do and not how busy the machine was, so what looks like a hang is
+run once more, with limits that only a hang can meet, before it counts.
+
+A `Probe` of one machine can be saved, and merged with one of another (one with GPUs, say).
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from effnn.base import InvalidInput, write_json
-from effnn.comm import backends
+from effnn.comm import backends, launch
 from effnn.comm.probing import answers, operations
 from effnn.comm.probing.answers import Status
 
@@ -30,10 +33,8 @@ CHECKS = operations.OPERATIONS | operations.SPARSE
 """Name of an operation -> what runs and checks it on a device."""
 
 _FORMAT = 1
-# Everything takes about a second on an idle machine. The limits are far above that: only what hangs may meet them, as a
-# cell says what a backend can do, and not how busy the machine was.
-_SECONDS_PER_LAUNCH = 400.0  # for all operations of one backend
-_SECONDS_PER_OPERATION = 90.0  # time-out of the group: a hang is an error of the operation where the backend can tell
+_AT_FIRST = {"timeout": 400.0, "group_timeout": 90.0}
+"""Limits of the first run of the operations of a backend, which take about a second on an idle machine."""
 
 
 class How(StrEnum):
@@ -149,7 +150,8 @@ def probe(
     devices: "cpu", "cuda".
     world_size: number of ranks.
     selected: names of some of the operations; None for all.
-    progress: whether to show a bar. All of it takes some ten seconds on two cores.
+    progress: whether to show a bar. All of it takes some ten seconds on two cores, and up to half an hour more for each
+      operation that hangs.
     checks: "module:attribute" of a mapping like CHECKS; the ranks import it.
     """
     known = answers.imported(checks)
@@ -172,9 +174,11 @@ def _cells(backend: str, device: str, chosen: list[str], world_size: int, checks
         return [Cell(backend, device, name, status, message=refusal.reason) for name in chosen]
     found: dict[str, answers.Answer] = {}
     while waiting := [name for name in chosen if name not in found]:
-        found |= answers.in_new_processes(
-            backend, device, waiting, world_size, _SECONDS_PER_OPERATION, _SECONDS_PER_LAUNCH, checks
-        )
+        given = answers.in_new_processes(backend, device, waiting, world_size, checks, **_AT_FIRST)
+        doubtful = [name for name, answer in given.items() if answer.may_be_slowness]
+        found |= {name: answer for name, answer in given.items() if name not in doubtful}
+        if doubtful:  # one, or all where no rank came to begin
+            found |= answers.in_new_processes(backend, device, doubtful, world_size, checks, **launch.PATIENT)
     return [
         Cell(
             backend,

@@ -1,7 +1,8 @@
 """Benchmarks of the backends; what each key means stands in data/bench.csv.
 
 Every ratio comes from runs of gloo and oneCCL in turn within the same processes, one thread each, which are started
-anew for every run: two ranks for the first three keys, twice as many ranks as cores for the crowded one.
+anew for every run: two ranks for the first three keys, twice as many ranks as cores for the crowded one. oneCCL's
+variables reach the ranks, so its settings can be compared; the note of a figure names them.
 """
 
 import os
@@ -41,6 +42,8 @@ def _ratio(setting: Setting, nbytes: int) -> Measured:
     where = f" on {setting.cores} cores" if setting.cores else ""
     processes = f"{RUNS} runs of {setting.ranks} new processes{where}"
     note = f"{processes}, the median of {ROUNDS} rounds each; {nbytes} bytes per rank"
+    settings = sorted(f"; {name}={value}" for name, value in os.environ.items() if name.startswith("CCL_"))
+    note += "".join(settings)
     return Measured(tuple(a / b for a, b in zip(above, below, strict=True)), load, seconds, 1, note)
 
 
@@ -56,7 +59,8 @@ def _runs(setting: Setting) -> tuple[list[dict], ...]:
     arguments = (["gloo", "ccl"], list(setting.sizes), ROUNDS, 0.2)
     with _confined(setting.cores):
         return tuple(
-            launch.run(timing.all_reduce_rounds, setting.ranks, "gloo", args=arguments)[0] for _ in range(RUNS)
+            launch.run(timing.all_reduce_rounds, setting.ranks, "gloo", args=arguments, **launch.PATIENT)[0]
+            for _ in range(RUNS)
         )
 
 

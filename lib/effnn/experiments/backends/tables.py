@@ -29,9 +29,6 @@ OURS = (("mpi4py", "cpu"), ("ccl", "cpu"))
 
 TIMED = ("gloo", "ccl", "mpi4py")
 
-_PATIENT = {"timeout": 1800.0, "group_timeout": 600.0}
-"""Seconds that timed ranks may take: it must end what hangs, and not what a busy machine slows down."""
-
 _YES, _NO = "yes", "no"
 
 _REASONS = {
@@ -165,16 +162,15 @@ def time_all_reduce(
     """
     here = [name for name in TIMED if unavailable(name, "cpu") is None]
     together, alone = [name for name in here if name != "mpi4py"], [name for name in here if name == "mpi4py"]
+    options = {"threads": threads, **launch.PATIENT}
     rows, limits = [], []
     for number in range(launches):
         for names in (together, alone):
             if names:
                 arguments = (names, list(sizes), rounds)
-                found = launch.run(timing.all_reduce_rounds, 2, names[0], args=arguments, threads=threads, **_PATIENT)[
-                    0
-                ]
-                rows += [{"launch": number, **row} for row in found]
-        limits.append(launch.run(timing.limits, 2, "gloo", threads=threads, **_PATIENT)[0])
+                found = launch.run(timing.all_reduce_rounds, 2, names[0], args=arguments, **options)
+                rows += [{"launch": number, **row} for row in found[0]]
+        limits.append(launch.run(timing.limits, 2, "gloo", **options)[0])
     return pd.DataFrame(rows), {name: max(found[name] for found in limits) for name in limits[0]}
 
 
@@ -183,8 +179,9 @@ def time_crowded(ranks: int, sizes: Sequence[int], launches: int = 3, rounds: in
     names = [name for name in TIMED if name != "mpi4py" and unavailable(name, "cpu") is None]
     rows = []
     for number in range(launches):
-        found = launch.run(timing.all_reduce_rounds, ranks, "gloo", args=(names, list(sizes), rounds), **_PATIENT)[0]
-        rows += [{"launch": number, "ranks": ranks, **row} for row in found]
+        arguments = (names, list(sizes), rounds)
+        found = launch.run(timing.all_reduce_rounds, ranks, "gloo", args=arguments, **launch.PATIENT)
+        rows += [{"launch": number, "ranks": ranks, **row} for row in found[0]]
     return pd.DataFrame(rows)
 
 
@@ -215,7 +212,7 @@ def emulated_all_reduce(rate_mbit: float, nbytes: int, calls: int = 3) -> dict[s
             net = stack.enter_context(network.EmulatedNetwork(nodes=2, rate_mbit=rate_mbit))
         except NotAvailable as error:  # its own look at the link may run out of time
             return row | {"measured_mbit": None, "ms": None, "why": str(error)}
-        found = launch.run(timing.all_reduce_ms, 2, "gloo", args=(nbytes, calls), nodes=net.nodes, **_PATIENT)
+        found = launch.run(timing.all_reduce_ms, 2, "gloo", args=(nbytes, calls), nodes=net.nodes, **launch.PATIENT)
         return row | {"measured_mbit": net.measured_mbit, "ms": float(np.mean(found)), "why": ""}
 
 

@@ -120,7 +120,7 @@ def test_a_process_loads_the_library_with_the_users_variables():
     environment = os.environ | {"CCL_LOG_LEVEL": "warn"}
     environment.pop("CCL_ATL_TRANSPORT", None)
     script = "\n".join(line.strip() for line in script.splitlines())
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
     assert ran.returncode == 0, ran.stderr
     version, level, transport = json.loads(ran.stdout.splitlines()[-1])
     assert importlib.metadata.version("oneccl").startswith(version)
@@ -132,7 +132,7 @@ def test_a_process_loads_the_library_with_the_users_variables():
 
 def test_a_refused_call_becomes_an_error_and_ends_the_use_of_the_library():
     need("ccl")
-    for refused, later in launch.run(workers.errors_of_the_library, 2, "ccl", timeout=60, group_timeout=20):
+    for refused, later in launch.run(workers.errors_of_the_library, 2, "ccl", timeout=300, group_timeout=20):
         assert refused.startswith("LibraryError: oneCCL: onecclAllReduce failed with status "), refused
         assert refused.rpartition(": ")[2], "the library's words are missing"
         assert later.startswith("CollectiveFailed: all_reduce of 2 ranks: oneCCL is not used any more"), later

@@ -24,8 +24,17 @@ def tied(core):
     return ASLEEP | {"CCL_LOCAL_RANK": "0", "CCL_LOCAL_SIZE": "1", "CCL_WORKER_AFFINITY": str(core)}
 
 
-def choice(rank=0, size=2, allowed=(0, 1), cores=2, **user):
-    return waiting.variables(rank, size, set(allowed), cores, user)
+def choice(rank=0, size=2, allowed=(0, 1), cores=2, hosts=None, world=None, **user):
+    """hosts: of the ranks of the group; one by default. world: rank and size in the whole job; the group's by default.
+
+    Launchers count the ranks that the world has, unless `user` says otherwise.
+    """
+    number, count = world or (rank, size)
+    told = {}
+    for names in waiting.LAUNCHERS:
+        told |= dict(zip(names[:2], (str(count), str(number)), strict=True))
+    here = waiting.place(rank, hosts or ["one"] * size, number, count, told | user)
+    return waiting.variables(here, set(allowed), cores, user)
 
 
 # The choice
@@ -41,15 +50,14 @@ def choice(rank=0, size=2, allowed=(0, 1), cores=2, **user):
         (2, 1, {}, True),
         (64, 64, {}, False),
         (65, 64, {}, True),
-        (64, 8, {"LOCAL_WORLD_SIZE": "8"}, False),  # many machines
-        (64, 8, {"LOCAL_WORLD_SIZE": "9"}, True),
-        (2, 2, {"LOCAL_WORLD_SIZE": "4"}, True),  # a group of two among four ranks
-        (2, 2, {"LOCAL_WORLD_SIZE": "2", "EFFNN_LOCAL_RANKS": "4"}, True),  # emulated nodes on one machine
+        (2, 2, {"EFFNN_LOCAL_RANKS": "4"}, True),  # emulated nodes on one machine
+        (2, 2, {"LOCAL_WORLD_SIZE": "2", "EFFNN_LOCAL_RANKS": "4"}, True),
         (4, 2, {"EFFNN_LOCAL_RANKS": "2", "LOCAL_WORLD_SIZE": "4"}, False),
-        (4, 2, {"MPI_LOCALNRANKS": "2"}, False),
-        (4, 2, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
-        (4, 2, {"SLURM_NTASKS_PER_NODE": "2"}, False),
-        (4, 2, {"EFFNN_LOCAL_RANKS": "", "LOCAL_WORLD_SIZE": "many"}, True),  # no numbers: the group's size counts
+        (4, 2, {"EFFNN_LOCAL_RANKS": "", "LOCAL_WORLD_SIZE": "many"}, True),  # no numbers: the hosts count
+        # Variables of a launcher that has started one task, in which four ranks were started by other means.
+        (4, 2, {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}, True),
+        (4, 2, {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}, True),
+        (4, 2, {"SLURM_NTASKS_PER_NODE": "2"}, True),  # four tasks on two machines, and all ranks on the first
     ],
 )
 def test_ranks_that_share_cores_sleep_and_others_wait_actively(size, cores, here, crowded):
@@ -57,11 +65,28 @@ def test_ranks_that_share_cores_sleep_and_others_wait_actively(size, cores, here
     assert found == (tied(0) if crowded else ACTIVE)
 
 
+@pytest.mark.parametrize("name", [names[2] for names in waiting.LAUNCHERS])
+def test_on_several_machines_the_ranks_of_this_one_count_with_and_without_a_launcher(name):
+    for here, crowded in ((8, False), (9, True)):
+        hosts = ["one", "another"] * here
+        for user in ({name: str(here)}, {}):
+            assert choice(2, 2 * here, range(8), 8, hosts, **user) == (tied(1) if crowded else ACTIVE)
+
+
+def test_the_whole_job_counts_where_the_first_group_is_a_part_of_it():
+    assert choice(world=(0, 4)) == choice(world=(0, 4), LOCAL_WORLD_SIZE="4") == tied(0)
+    assert choice(world=(0, 4), LOCAL_WORLD_SIZE="2") == ACTIVE  # the others are elsewhere
+    assert choice(hosts=["one", "two"], world=(0, 2)) == choice(hosts=["one", "two"], world=(0, 3)) == ACTIVE
+    assert choice(rank=1, world=(3, 4)) == tied(1)  # ranks of two groups do not all meet on the first core
+
+
 @pytest.mark.parametrize(("rank", "core"), [(0, 4), (1, 6), (2, 9), (3, 4), (7, 6)])
 def test_each_ranks_worker_is_tied_to_a_core_that_the_rank_may_use(rank, core):
     assert choice(rank, 8, {9, 4, 6}, 3) == tied(core)
-    for name in ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
-        assert choice(5, 8, {9, 4, 6}, 3, **{name: str(rank)}) == tied(core)
+    for _, _, ranks, index in waiting.LAUNCHERS:
+        assert choice(5, 8, {9, 4, 6}, 3, **{ranks: "8", index: str(rank)}) == tied(core)
+    batch = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "8", "SLURM_LOCALID": "0"}
+    assert choice(rank, 8, {9, 4, 6}, 3, **batch) == tied(core)  # eight ranks that Slurm has not started
 
 
 def test_what_the_user_has_set_stays():
@@ -75,12 +100,12 @@ def test_what_the_user_has_set_stays():
 
 @LINUX
 def test_the_variables_are_there_during_the_call_alone(monkeypatch):
-    for name in [*tied(0), *waiting.LOCAL_RANKS]:
+    for name in tied(0):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(waiting, "available_cores", lambda: 2)
     monkeypatch.setenv("CCL_YIELD", "pause")
     before = dict(os.environ)
-    with pytest.raises(ZeroDivisionError), waiting.told(1, 3):
+    with pytest.raises(ZeroDivisionError), waiting.told(waiting.Place(1, 3)):
         assert os.environ["CCL_WORKER_OFFLOAD"] == "1" and os.environ["CCL_YIELD"] == "pause"
         raise ZeroDivisionError
     assert dict(os.environ) == before
@@ -150,7 +175,7 @@ def two_cores():
 
 @pytest.mark.parametrize(("size", "user", "workers_of_library"), [(2, {}, 0), (3, {}, 1), (4, {}, 1)])
 def test_the_library_has_a_worker_where_ranks_share_cores(two_cores, forked, size, user, workers_of_library):
-    found = launch.run(workers.threads_of_the_library, size, "gloo", env=user, timeout=100)
+    found = launch.run(workers.threads_of_the_library, size, "gloo", env=user, timeout=300)
     cores = os.sched_getaffinity(0)
     for tied_to, environment in found:
         assert len(tied_to) == workers_of_library and set(tied_to) <= cores, found
@@ -158,23 +183,42 @@ def test_the_library_has_a_worker_where_ranks_share_cores(two_cores, forked, siz
     assert len({core for tied_to, _ in found for core in tied_to}) == (2 if workers_of_library else 0)
 
 
+def test_a_pair_of_four_ranks_counts_all_four_where_no_launcher_tells(two_cores, forked):
+    nobody_tells = {"EFFNN_LOCAL_RANKS": "", "LOCAL_WORLD_SIZE": ""}
+    found = launch.run(workers.threads_of_the_library, 4, "gloo", args=(2,), env=nobody_tells, **launch.PATIENT)
+    assert [len(tied_to) for tied_to, _ in found] == [1, 1, 0, 0]
+
+
 def test_a_user_who_wants_active_waiting_in_a_crowd_gets_it(two_cores, forked):
-    found = launch.run(workers.threads_of_the_library, 3, "gloo", env={"CCL_WORKER_OFFLOAD": "0"}, timeout=100)
+    found = launch.run(workers.threads_of_the_library, 3, "gloo", env={"CCL_WORKER_OFFLOAD": "0"}, timeout=300)
     assert [tied_to for tied_to, _ in found] == [[]] * 3
+
+
+def test_a_users_choice_of_algorithms_by_size_reaches_the_library(two_cores, forked):
+    """Which one was taken shows in the order of the additions."""
+    found = {}
+    for choice in ("recursive_doubling", "ring", "recursive_doubling:0-65536;ring:65537-max"):
+        environment, arguments = {"CCL_ALLREDUCE": choice}, ([4096, 65536, 65540, 1 << 20],)
+        found[choice] = launch.run(workers.checksums, 4, "ccl", args=arguments, env=environment, **launch.PATIENT)
+        assert all(rank == found[choice][0] for rank in found[choice])
+    doubling, ring, by_size = (ranks[0] for ranks in found.values())
+    assert not set(doubling) & set(ring) and by_size == doubling[:2] + ring[2:]
 
 
 def test_ranks_of_different_minds_work_together_and_no_bit_depends_on_it(two_cores, forked):
     """Each rank waits in its own way; the answers are those of ranks that all wait actively."""
-    active = launch.run(workers.answers, 3, "gloo", args=((),), timeout=100)
+    active = launch.run(workers.answers, 3, "gloo", args=((),), timeout=300)
     for sleepers in ((0,), (1, 2), (0, 1, 2)):
-        assert launch.run(workers.answers, 3, "gloo", args=(sleepers,), timeout=100) == active
+        assert launch.run(workers.answers, 3, "gloo", args=(sleepers,), timeout=300) == active
     assert all(answer == active[0] for answer in active)
 
 
 def test_a_process_asleep_costs_little(two_cores, forked):
-    """A worker without calls waits for the next one: it neither spins nor wakes up all the time."""
-    for seconds, busy in launch.run(workers.cpu_time_while_idle, 3, "ccl", timeout=100):
-        assert busy < seconds / 2, (seconds, busy)
+    """A worker without calls waits for the next one: it neither spins nor wakes up, and no other thread spins."""
+    looks = 20
+    for threads in launch.run(workers.threads_while_idle, 3, "ccl", args=(looks,), **launch.PATIENT):
+        assert [(running, woken) for worker, running, woken in threads if worker] == [(0, 0)], threads
+        assert not [thread for thread in threads if thread[1:] == (looks, 0)], threads
 
 
 @pytest.mark.parametrize("numel", [100, pytest.param(1 << 20, marks=pytest.mark.slow)])
@@ -182,7 +226,7 @@ def test_a_process_asleep_costs_little(two_cores, forked):
 def test_a_failure_in_the_library_is_an_error_and_not_the_end_of_the_process(two_cores, user, numel):
     """Ranks that bring different sizes: against the rules, and an error inside of the library."""
     results = launch.run_ranks(
-        workers.unequal_sizes, 3, "ccl", args=(numel,), env=user, timeout=60, group_timeout=6, grace=30
+        workers.unequal_sizes, 3, "ccl", args=(numel,), env=user, timeout=300, group_timeout=6, grace=30
     )
     assert [result.exit_code for result in results] == [0] * 3, [(o.error, o.stderr) for o in results]
     found = [result.result for result in results]
@@ -213,7 +257,7 @@ os._exit(0)
 @LINUX
 @pytest.mark.parametrize(("thread", "code", "out"), [("guarded", 0, "True"), ("other", -signal.SIGABRT, "")])
 def test_a_guarded_thread_alone_survives_terminate(thread, code, out):
-    ran = subprocess.run([sys.executable, "-c", TERMINATE, thread], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", TERMINATE, thread], capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout.strip()) == (code, out), ran.stderr
 
 
@@ -223,7 +267,12 @@ def test_a_guarded_thread_alone_survives_terminate(thread, code, out):
 def test_the_crowded_key_is_measured_on_its_cores(two_cores, monkeypatch):
     seen = []
 
-    def run(fn, ranks, backend, args):
+    for name in [name for name in os.environ if name.startswith("CCL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CCL_ALLREDUCE", "ring:0-max")
+
+    def run(fn, ranks, backend, args, **limits):
+        assert limits == launch.PATIENT
         seen.append((ranks, len(os.sched_getaffinity(0)), args[1]))
         times = {"gloo": (2.0, 2.0, 5.0), "ccl": (2.0, 9.0, 4.0)}
         return [[{"backend": b, "bytes": 1 << 20, "load": 1.0, "ms": ms} for b in args[0] for ms in times[b]]]
@@ -236,3 +285,4 @@ def test_the_crowded_key_is_measured_on_its_cores(two_cores, monkeypatch):
         bench_comm._runs.cache_clear()
     assert seen == [(4, 2, [1 << 20])] * bench_comm.RUNS
     assert measured.runs == (2.0,) * bench_comm.RUNS and measured.seconds["ccl"][0] == 0.004
+    assert measured.note.endswith("1048576 bytes per rank; CCL_ALLREDUCE=ring:0-max")

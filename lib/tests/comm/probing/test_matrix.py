@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from workers import units as workers
 from effnn.base import InvalidInput
 from effnn.comm import launch
 from effnn.comm.groups.oneccl.group import SUPPORT
-from effnn.comm.probing import matrix, operations
+from effnn.comm.probing import answers, matrix, operations
+from effnn.comm.probing.answers import Answer, Status
 from effnn.comm.probing.matrix import Cell, Probe
 
 ELEVEN = list(operations.OPERATIONS)
@@ -87,7 +89,7 @@ def test_unknown_names_list_the_known_ones(monkeypatch):
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return launch.run(workers.checks_of_idle_functions, 2, "gloo", timeout=60, group_timeout=10)
+    return launch.run(workers.checks_of_idle_functions, 2, "gloo", timeout=300, group_timeout=10)
 
 
 @pytest.mark.parametrize("row", list(workers.NEEDS))
@@ -105,10 +107,12 @@ def test_a_function_that_does_nothing_is_found_out(verdicts, row):
 
 
 @pytest.fixture(scope="module")
-def stand_ins():
+def stand_ins(_fork_server):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix, "_SECONDS_PER_LAUNCH", 12.0)
-        patch.setattr(matrix, "_SECONDS_PER_OPERATION", 4.0)
+        if _fork_server is not None:
+            patch.setattr(subprocess, "Popen", _fork_server)
+        patch.setattr(matrix, "_AT_FIRST", {"timeout": 6.0, "group_timeout": 2.0})
+        patch.setattr(launch, "PATIENT", {"timeout": 14.0, "group_timeout": 5.0})
         probe = matrix.probe(["gloo"], ["cpu"], progress=False, checks="workers.units:STAND_INS")
     return {cell.operation: cell for cell in probe.cells}
 
@@ -146,6 +150,48 @@ def test_processes_that_do_not_even_begin_are_started_once(monkeypatch):
     probe = matrix.probe(["gloo"], ["cpu"], progress=False)
     assert len(starts) == 1 and len(probe.cells) == 14
     assert {(cell.status, cell.message) for cell in probe.cells} == {("error", "RuntimeError: no way in for 1")}
+
+
+def probe_of(monkeypatch, *runs):
+    """Probe operations a, b and c with those answers; returns what is found, and names and limits of each run."""
+    given, asked = list(runs), []
+
+    def in_new_processes(backend, device, names, world_size, checks, **limits):
+        asked.append(("".join(names), limits))
+        return given.pop(0)
+
+    monkeypatch.setattr(answers, "imported", lambda checks: dict.fromkeys("abc"))
+    monkeypatch.setattr(answers, "in_new_processes", in_new_processes)
+    probe = matrix.probe(["gloo"], ["cpu"], progress=False)
+    assert not given
+    return {cell.operation: (cell.status, cell.message) for cell in probe.cells}, asked
+
+
+WELL, HANG = Answer(Status.OK), Answer(Status.HANG, "slow")
+LOST = Answer(Status.ERROR, "connection closed", of_communication=True)
+
+
+@pytest.mark.parametrize("slow", [HANG, LOST])
+def test_what_may_be_slowness_counts_only_once_it_has_failed_again_alone_and_with_patience(monkeypatch, slow):
+    quick, patient = matrix._AT_FIRST, launch.PATIENT
+    found, asked = probe_of(monkeypatch, {"a": WELL, "b": slow}, {"b": WELL}, {"c": WELL})
+    assert found == dict.fromkeys("abc", ("ok", ""))
+    assert asked == [("abc", quick), ("b", patient), ("c", quick)]
+    found, asked = probe_of(monkeypatch, {"a": WELL, "b": slow}, {"b": slow}, {"c": WELL})
+    assert found["b"] == (slow.status, slow.message) and [names for names, _ in asked] == ["abc", "b", "c"]
+
+
+def test_ranks_that_were_too_slow_to_begin_are_started_again_with_patience(monkeypatch):
+    found, asked = probe_of(monkeypatch, dict.fromkeys("abc", HANG), {"a": WELL, "b": HANG}, {"c": WELL})
+    assert found == {"a": ("ok", ""), "b": ("hang", "slow"), "c": ("ok", "")}
+    assert asked == [("abc", matrix._AT_FIRST), ("abc", launch.PATIENT), ("c", matrix._AT_FIRST)]
+
+
+def test_an_error_of_its_own_counts_at_once(monkeypatch):
+    wrong, error = Answer(Status.WRONG, "1.0"), Answer(Status.ERROR, "killed by SIGSEGV")
+    found, asked = probe_of(monkeypatch, {"a": wrong}, {"b": error}, {"c": WELL})
+    assert found == {"a": ("wrong result", "1.0"), "b": ("error", "killed by SIGSEGV"), "c": ("ok", "")}
+    assert [names for names, _ in asked] == ["abc", "bc", "c"]
 
 
 # Probes of several machines

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from effnn.base import EffnnError
@@ -19,6 +20,18 @@ class CollectiveTimeout(CollectiveFailed):
 
 class LibraryError(CollectiveFailed):
     """The library under a group reported an error; after one its lane is not used again."""
+
+
+def is_of_communication(error: BaseException) -> bool:
+    """Whether an error comes of communication, so that the end of a peer may be all that is behind it.
+
+    gloo's errors have no type of their own; its source file in their text tells them.
+    """
+    while error is not None:
+        if isinstance(error, (CollectiveFailed, dist.DistError)) or "gloo/" in str(error):
+            return True
+        error = error.__context__  # what it was raised from
+    return False
 
 
 class Request(Protocol):

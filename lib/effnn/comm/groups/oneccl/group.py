@@ -28,6 +28,7 @@ from effnn.base import InvalidInput
 from effnn.comm.groups.interfaces import communication_interface
 from effnn.comm.groups.lane.call import Call
 from effnn.comm.groups.lane.lane import Lane, skip_destructors
+from effnn.comm.groups.oneccl import waiting
 from effnn.comm.groups.oneccl.library import OPERATIONS, TYPES, Communicator, library
 from effnn.comm.groups.process_group import LaneProcessGroup
 from effnn.comm.groups.tensors.layout import as_bytes, flat_in_place, flat_view
@@ -87,11 +88,22 @@ class OneCCLProcessGroup(LaneProcessGroup):
             self._messages = _gloo_beside(dist.PrefixStore("messages/", self._store), rank, size, timeout)
 
     def _join(self) -> None:
+        self._store.set(f"host_{self._rank}", waiting.host())
+        if library().place is None:
+            library().place = self._place()
         if self._rank == 0:
-            self._store.set("id", library().unique_id(self._size).hex())
+            self._store.set("id", library().unique_id().hex())
         shared = bytes.fromhex(self._store.get("id").decode())
         library().on_worker_failure = self._lane.fail
         self._communicator = library().communicator(shared, self._rank, self._size)
+
+    def _place(self) -> waiting.Place:
+        """Of this rank on its machine, from what all ranks of the group have said of theirs."""
+        hosts = [self._store.get(f"host_{rank}").decode() for rank in range(self._size)]
+        in_world = self._rank, self._size
+        if dist.is_initialized() and dist.get_world_size() > self._size:  # not yet while the whole is being made
+            in_world = dist.get_rank(), dist.get_world_size()
+        return waiting.place(self._rank, hosts, *in_world, os.environ)
 
     # Native calls.
 

@@ -83,10 +83,13 @@ def library_folder() -> Path:
 class Library:
     """The loaded C API; every call raises LibraryError with the library's own words when it fails.
 
+    place: of this rank on its machine, which decides how the library waits: set before the first id or communicator,
+    as the library reads its environment there; None for a process that is alone.
     on_worker_failure: called with an error, on a thread of the library, when its worker thread fails; a call that waits
     for that thread does not return by itself.
     """
 
+    place: waiting.Place | None = None
     on_worker_failure: Callable[[LibraryError], None] | None = None
 
     def __init__(self) -> None:
@@ -126,10 +129,10 @@ class Library:
         self._check("onecclGetVersion", self._api.onecclGetVersion(ctypes.byref(code)))
         return f"{code.value // 10000}.{code.value // 100 % 100}"
 
-    def unique_id(self, size: int = 1) -> bytes:
-        """A new id, for the `size` ranks of one communicator."""
+    def unique_id(self) -> bytes:
+        """A new id, for the ranks of one communicator."""
         made = UniqueId()
-        with waiting.told(0, size):
+        with waiting.told(self.place or waiting.ALONE):
             status = self._api.onecclGetUniqueId(ctypes.byref(made))
         self._check("onecclGetUniqueId", status)
         return bytes(made)
@@ -139,7 +142,7 @@ class Library:
         handle = ctypes.c_void_p()
         identity = UniqueId.from_buffer_copy(shared)
         before = thread_guard.threads()
-        with waiting.told(rank, size):
+        with waiting.told(self.place or waiting.ALONE):
             status = self._api.onecclCommInitRank(ctypes.byref(handle), size, identity, rank)
         for thread in thread_guard.threads() - before:
             if waiting.is_worker(thread):

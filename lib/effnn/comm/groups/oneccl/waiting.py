@@ -7,39 +7,96 @@ There the library's worker thread does the work instead (CCL_WORKER_OFFLOAD=1), 
 50 microseconds whenever nothing has arrived (CCL_YIELD=sleep), the worker until the next call when there is none
 (CCL_WORKER_WAIT=1). Algorithms and results are the same either way, so the ranks need not agree on it.
 
-The library reads its environment once in a process, at the first id or communicator.
+The library reads its environment once in a process, at the first id or communicator. So what counts is how many ranks
+of the whole job share this machine, and not how many of them are in that first group.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Set
+import platform
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-LOCAL_RANKS = (
-    "EFFNN_LOCAL_RANKS",
-    "LOCAL_WORLD_SIZE",  # torchrun
-    "MPI_LOCALNRANKS",  # Intel MPI, MPICH
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "SLURM_NTASKS_PER_NODE",
-)
-"""Variables that tell how many ranks of the job are on this machine; the first that is set to a number counts."""
+LOCAL_RANKS = "EFFNN_LOCAL_RANKS"
+"""The user's word on how many ranks are on this machine."""
 
-_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+LAUNCHERS = (
+    ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),  # Intel MPI, MPICH
+    (
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE", "SLURM_LOCALID"),
+)
+"""Variables of each launcher: ranks of the job, rank, ranks on this machine, rank among those."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def variables(rank: int, size: int, allowed: Set[int], cores: int, user: Mapping[str, str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is among the ranks of its machine."""
+
+    index: int
+    ranks: int
+
+
+ALONE = Place(0, 1)
+
+
+def host() -> str:
+    """What the ranks of one machine, or of one container, have in common and no others: name and start of the system.
+
+    The name alone may be that of several machines, the start that of several containers.
+    """
+    return f"{platform.node()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
+
+
+def place(
+    rank: int,
+    hosts: Sequence[str],
+    world_rank: int,
+    world_size: int,
+    user: Mapping[str, str],
+) -> Place:
+    """Where this rank is on its machine.
+
+    rank: in the group that is being made.
+    hosts: `host()` of each rank of that group.
+    world_rank, world_size: in the whole job.
+    user: the environment. A launcher counts where it has started this very job: a task of Slurm that starts ranks of
+      its own has variables that are about the task.
+
+    Ranks that are not in the group, and of which no launcher tells, are taken to be on this machine.
+    """
+    mine = [other for other, name in enumerate(hosts) if name == hosts[rank]]
+    whole = len(hosts) == world_size
+    found = Place(mine.index(rank) if whole else world_rank, len(mine) + world_size - len(hosts))
+    for launcher in LAUNCHERS:
+        size, number, ranks, index = (_number(name, user) for name in launcher)
+        if (size, number) == (world_size, world_rank) and ranks is not None:
+            found = Place(found.index if index is None else index, max(ranks, len(mine)))
+            break
+    told_by_user = _number(LOCAL_RANKS, user)
+    return found if told_by_user is None else Place(found.index, told_by_user)
+
+
+def variables(here: Place, allowed: Set[int], cores: int, user: Mapping[str, str]) -> dict[str, str]:
     """What the library has to be told so that it waits the right way.
 
-    rank, size: of the first group, for launchers that do not tell the place on this machine.
+    here: the place of this rank on its machine.
     allowed: cores that this process may run on.
     cores: how many the ranks of this machine have together.
     user: the environment; a variable that it has is not among the answers, and one that decides about worker threads
       leaves all to the user.
     """
-    if not _crowded(size, cores, user):
+    if here.ranks <= cores:
         return _new({"CCL_WORKER_OFFLOAD": "0"}, user)
     if "CCL_WORKER_OFFLOAD" in user:
         return {}
@@ -47,20 +104,19 @@ def variables(rank: int, size: int, allowed: Set[int], cores: int, user: Mapping
     if not {"CCL_WORKER_COUNT", "CCL_WORKER_AFFINITY", "CCL_LOCAL_RANK", "CCL_LOCAL_SIZE"} & set(user):
         # The library ties the worker to one core. It takes the machine's last ones, allowed or not; here each process
         # names a core of its own choice, which the library takes if the process is said to be the only one.
-        place = _number(_LOCAL_RANK, user)
-        core = sorted(allowed)[(rank if place is None else place) % len(allowed)]
+        core = sorted(allowed)[here.index % len(allowed)]
         wanted |= {"CCL_LOCAL_RANK": "0", "CCL_LOCAL_SIZE": "1", "CCL_WORKER_AFFINITY": str(core)}
     return _new(wanted, user)
 
 
 @contextmanager
-def told(rank: int, size: int) -> Iterator[None]:
+def told(here: Place) -> Iterator[None]:
     """Around the call in which the library reads its environment: those variables are set in it, and gone after it.
 
     Programs that this process starts must not take them for the user's.
     """
     linux = hasattr(os, "sched_getaffinity")  # as is the library
-    wanted = variables(rank, size, os.sched_getaffinity(0), available_cores(), os.environ) if linux else {}
+    wanted = variables(here, os.sched_getaffinity(0), available_cores(), os.environ) if linux else {}
     os.environ.update(wanted)
     try:
         yield
@@ -89,13 +145,8 @@ def available_cores() -> int:
     return len(cores) if quota is None else max(1, min(len(cores), ceil(quota)))
 
 
-def _crowded(size: int, cores: int, user: Mapping[str, str]) -> bool:
-    here = _number(LOCAL_RANKS, user)
-    return (size if here is None else here) > cores
-
-
-def _number(names: tuple[str, ...], variables: Mapping[str, str]) -> int | None:
-    return next((int(variables[name]) for name in names if variables.get(name, "").isdecimal()), None)
+def _number(name: str, variables: Mapping[str, str]) -> int | None:
+    return int(variables[name]) if variables.get(name, "").isdecimal() else None
 
 
 def _new(wanted: dict[str, str], user: Mapping[str, str]) -> dict[str, str]:
