@@ -112,7 +112,7 @@ def test_images_go_through_the_same_sweep(images):
     assert (frame.mac_ratio <= frame.budget).all() and (frame.family == "vit").all()
     assert frame[frame.method == "tune"].trial.isin([0, 1]).all()
     retrained = frame[frame.method == "retrain"]
-    assert (retrained.accuracy > 0.3).all() and (retrained[["seconds", "prune_seconds"]] > 0).all(axis=None)
+    assert (retrained.accuracy > 0.3).all()
     figures.draw_tradeoff(frame, {"logistic regression": 0.95}, title="ViT")
     assert runs.run_sweep(task, listed, sweep).equals(frame)
 

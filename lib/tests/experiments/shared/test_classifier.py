@@ -34,7 +34,7 @@ def _equal(a: dict, b: dict) -> bool:
 def test_every_family_learns_a_planted_task(family):
     trained = train_classifier(planted_task(), ClassifierConfig(**TINY, family=family))
     assert trained.accuracy > 0.9 and len(trained.accuracy_curve) == 3
-    assert trained.dev.n == 60 and trained.seconds >= 0
+    assert trained.dev.n == 60
     assert trained.model.config.model_type == family and trained.model.config.id2label == {0: "no", 1: "yes"}
     assert not trained.model.training
     dev = text.encode_split(planted_task().dev, trained.tokenizer, 16)
@@ -141,7 +141,7 @@ def test_fine_tuning_trains_the_given_model_under_its_hooks():
     hook = trained.model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *_: calls.append(1))
     end = training.fit(trained.model, rows, validation, training.Recipe(2, 16, 5e-3))
     hook.remove()
-    assert len(end.curve) == 2 and end.seconds >= 0
+    assert len(end.curve) == 2
     assert evaluate(trained.model, text.loader(dev)).loss < before.loss
     assert calls
 
