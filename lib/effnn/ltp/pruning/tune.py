@@ -140,7 +140,7 @@ def judged(before: float | None, after: float | None) -> tuple[bool, str]:
         return True, f"the held-out loss is {before} without the scales, so it does not judge them: they are used"
     if after <= before:
         return True, ""
-    return False, f"tuned scales raise the held-out loss from {before:.4f} to {after:.4f} and are dropped"
+    return False, f"tuned scales raise the held-out loss from {before:.6g} to {after:.6g} and are dropped"
 
 
 class _BatchStates:

@@ -55,7 +55,8 @@ class KeptRows:
     """What is kept of every mini-batch: the first layer's inputs, and the held-out rows at its end.
 
     Calibration rows are drawn with replacement, so a held-out row may also be a fitted one. It would then judge scales
-    that were fitted to it, so it does not count as held out (and its tokens there are marked as not live).
+    that were fitted to it, so it does not count as held out (and its tokens there are marked as not live). A batch that
+    is held out whole gives a loss if at least half of its rows are no fitted ones.
     """
 
     def __init__(self, holdout: float):
@@ -117,9 +118,9 @@ class KeptRows:
                     live[[row for row, key in enumerate(keys) if key in self.seen]] = False
                 elif not fresh:
                     live[:] = False
-            if len(fresh) == len(keys):
+            if len(fresh) == len(keys) or (self.whole and 2 * len(fresh) >= len(keys)):
                 batches.append(held)
-            elif fresh:
+            elif fresh and not self.whole:
                 batches.append(HeldOut(take(held.batch, fresh), None if held.first is None else held.first[fresh]))
         if self.holdout and self.inputs and not batches:
             log.warning("no row could be held out: tuning is judged on the rows that it is fitted to")

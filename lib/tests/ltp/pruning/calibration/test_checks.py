@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import re
 
 import pytest
@@ -284,6 +285,7 @@ class TestAdded:
         for batches, options in (
             (loader, {"loss": lambda m, b: m(**b).loss * 0 + m.bert.encoder.layer[0].output.dense.weight.sum()}),
             (unlabelled, {"labels": "model"}),
+            (loader, {"loss": lambda m, b: m(**b).loss * random.random()}),
         ):
             with pytest.raises(InvalidInput, match="other outputs.*configuration does not tell"):
                 pruned(model, batches, **options)

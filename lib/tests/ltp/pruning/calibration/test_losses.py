@@ -178,6 +178,18 @@ def test_batches_are_held_out_whole_where_the_loss_is_no_mean_over_rows(loss, wh
         assert stage.loss is None if not sizes else 0 < stage.loss < float("inf")
 
 
+@pytest.mark.parametrize("seen", [0, ROWS // 2, ROWS // 2 + 1])
+def test_a_batch_held_out_whole_is_never_cut(seen):
+    """Some of its rows are fitted elsewhere."""
+    model, _ = build("bert", "base")
+    loader = pairs(10)
+    (place,) = [at for at, item in enumerate(ltp.calibrate(model, loader, loss=joined_loss).inputs) if item.held_out]
+    for name, value in loader[place].items():
+        loader[0][name] = torch.cat([value[:seen], loader[0][name][seen:]])
+    held = ltp.calibrate(model, loader, loss=in_batch_loss).held_out_batches
+    assert [row_count(batch) for batch in held] == [ROWS] * (2 * seen <= ROWS)
+
+
 def test_a_first_batch_of_one_row_leaves_the_question_to_the_next():
     model, _ = build("bert", "base")
     loader = pairs(10)
@@ -205,7 +217,7 @@ def test_a_held_out_loss_that_is_not_finite_judges_nothing(monkeypatch, caplog):
     [
         (None, None, True, "^$"),
         (1.0, 1.0, True, "^$"),
-        (1.0, 1.5, False, "from 1.0000 to 1.5000 and are dropped"),
+        (1.0, 1.5, False, "from 1 to 1.5 and are dropped"),
         (1.0, math.nan, False, "to nan and are dropped"),
         (math.nan, math.nan, True, "is nan without"),
         (math.inf, 1.0, True, "is inf without"),
