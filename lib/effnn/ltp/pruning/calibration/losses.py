@@ -149,7 +149,7 @@ def no_labels_because(batch: object) -> str:
     if isinstance(batch.get("start_positions"), Tensor) and (window := main_input(batch)) is not None:
         return (
             f"all answers start or end outside the window of {window.shape[1]} tokens: expected start_positions and "
-            f"end_positions below {window.shape[1]} in some rows (leave out rows without the answer, or raise max_length)"
+            f"end_positions below {window.shape[1]} in some rows (leave out rows without one, or raise max_length)"
         )
     return f"all of them are to be ignored ({IGNORED}): expected classes or token ids"
 
