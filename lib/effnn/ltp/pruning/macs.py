@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from effnn.base import InvalidInput
 from effnn.ltp.pruning.masks import BudgetTooSmall, Masks, Shape
-from effnn.ltp.pruning.ranking import RankedUnits, rank_across_layers
+from effnn.ltp.pruning.options import check_choice, check_count, is_number
+from effnn.ltp.pruning.ranking import RankedUnits, fewest_kept, rank_across_layers
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,37 @@ class Macs:
     allocation: str = "global"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise InvalidInput(f"Macs(ratio={self.ratio}): expected a number above 0 and at most 1, such as 0.6")
-        if self.seq_len != "auto" and not (isinstance(self.seq_len, (int, float)) and self.seq_len > 0):
+        if not is_number(self.ratio, 0, 1):
+            raise InvalidInput(f"Macs(ratio={self.ratio!r}): expected a number above 0 and at most 1, such as 0.6")
+        if self.seq_len != "auto" and not is_number(self.seq_len, 0):
             raise InvalidInput(f'Macs(seq_len={self.seq_len!r}): expected "auto" or a positive number of tokens')
-        if self.allocation not in ("global", "uniform"):
-            raise InvalidInput(f'Macs(allocation={self.allocation!r}): expected "global" or "uniform"')
-        if self.min_heads < 0 or self.min_filters < 0:
-            raise InvalidInput("Macs(min_heads, min_filters): expected numbers of at least 0")
+        check_choice("Macs.allocation", self.allocation, "global", "uniform")
+        check_count("Macs.min_heads", self.min_heads, 0)
+        check_count("Macs.min_filters", self.min_filters, 0)
 
     def relaxed(self) -> "Macs":
         """The teacher's target in mask tuning: the square root of the ratio (section 4.3)."""
         return replace(self, ratio=math.sqrt(self.ratio))
+
+
+def spare_macs(cost: MacCost, target: Macs, round_to: int = 1) -> float:
+    """MACs of the budget beyond the minimum of every layer.
+
+    BudgetTooSmall, naming the smallest ratio that fits, where the minimum alone is too much.
+    """
+    shape = cost.shape
+    heads = shape.layers * fewest_kept(shape.heads, 1, target.min_heads) * cost.head
+    filters = shape.layers * fewest_kept(shape.filters, round_to, target.min_filters) * cost.filter
+    spare = target.ratio * cost.total - heads - filters
+    if spare < 0 and target.ratio < 1:
+        least = heads + filters
+        smallest = math.ceil(1e4 * least / cost.total) / 1e4  # rounded up, so that the ratio that is named can be met
+        smallest += 1e-4 if smallest * cost.total < least else 0
+        raise BudgetTooSmall(
+            f"the minimum of {target.min_heads} heads and {target.min_filters} filters per layer needs {smallest:.4f} "
+            f"of the MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
+        )
+    return spare
 
 
 def search_macs(
@@ -100,15 +120,7 @@ def search_macs(
     filters = _Choices(filters, cost.filter, round_to, target.allocation)
     if target.ratio == 1:
         return Masks.ones(cost.shape)
-    budget = target.ratio * cost.total - heads.base_cost - filters.base_cost
-    if budget < 0:
-        least = heads.base_cost + filters.base_cost
-        smallest = math.ceil(1e4 * least / cost.total) / 1e4  # rounded up, so that the ratio that is named can be met
-        smallest += 1e-4 if smallest * cost.total < least else 0
-        raise BudgetTooSmall(
-            f"the minimum of {target.min_heads} heads and {target.min_filters} filters per layer needs {smallest:.4f} "
-            f"of the MACs, more than the budget of {target.ratio}. The smallest feasible ratio is {smallest:.4f}"
-        )
+    budget = spare_macs(cost, target, round_to)
     # for every number of heads, as many filters as the rest of the budget takes
     n_heads = torch.arange(len(heads.importance), dtype=torch.float64)
     rest = budget - n_heads * heads.cost

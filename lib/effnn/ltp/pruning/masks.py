@@ -5,7 +5,7 @@ multiplies the activated intermediate vector, the input of the second FFN linear
 nothing is written on the model, its state dict is unchanged, and no `head_mask` argument is needed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,10 +41,12 @@ class Shape:
 
     @classmethod
     def of(cls, model: PreTrainedModel, adapter: Adapter | None = None) -> "Shape":
-        """Read the sizes off a model; InvalidInput if its layers differ (it was pruned before)."""
+        """Read the sizes off a model; InvalidInput if its layers differ (it was pruned before) or share modules."""
         adapter = adapter or adapter_for(model)
         sizes = []
-        for layer in adapter.layers(model):
+        layers = adapter.layers(model)
+        _check_unshared(layers)
+        for layer in layers:
             parts = adapter.parts(layer)
             heads = parts.out.in_features // parts.head_size
             sizes.append((heads, parts.fc1.out_features, parts.out.out_features, parts.head_size))
@@ -54,6 +56,21 @@ class Shape:
             )
         heads, filters, hidden, head_size = sizes[0]
         return cls(len(sizes), heads, filters, hidden, head_size)
+
+
+def _check_unshared(layers: Sequence[nn.Module]) -> None:
+    """InvalidInput if a module with weights stands at two places: it cannot be masked or cut for one of them alone."""
+    places: dict[nn.Module, str] = {}
+    for index, layer in enumerate(layers):
+        for name, module in layer.named_modules(remove_duplicate=False):
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            place = f"{name} of layer {index}"
+            if (other := places.setdefault(module, place)) != place:
+                raise InvalidInput(
+                    f"{other} and {place} are one module, and pruning cuts every layer by itself: expected a module of "
+                    "its own at each place, put a copy.deepcopy of it there"
+                )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -27,14 +28,16 @@ from effnn.ltp.pruning.calibration.held_out import dense_held_out_loss, held_out
 from effnn.ltp.pruning.calibration.losses import Loss
 from effnn.ltp.pruning.calibration.model_checks import check_model, check_rebuilt, rebuilt
 from effnn.ltp.pruning.latency.measured_search import SearchResult, measure_pair, measured_ratio, search_measured
-from effnn.ltp.pruning.latency.search import search_latency
+from effnn.ltp.pruning.latency.search import check_reachable, search_latency
 from effnn.ltp.pruning.latency.table import Latency, LatencyTable
-from effnn.ltp.pruning.macs import MacCost, Macs, search_macs
+from effnn.ltp.pruning.macs import MacCost, Macs, search_macs, spare_macs
 from effnn.ltp.pruning.masks import Masks, Shape
+from effnn.ltp.pruning.options import check_calibration, check_count, check_tuning
+from effnn.ltp.pruning.ranking import check_chunks
 from effnn.ltp.pruning.rearrange import rearrange as rearrange_mask
 from effnn.ltp.pruning.report import LatencyCheck, PruneReport, PruneResult, Stage
 from effnn.ltp.pruning.shrinking.shrink import shrink
-from effnn.ltp.pruning.tune import tune_masks
+from effnn.ltp.pruning.tune import judged, tune_masks
 
 log = logging.getLogger(__name__)
 
@@ -82,24 +85,36 @@ def prune(
     progress: whether to show progress bars.
     seed: of labels="model" only.
 
-    Raises InvalidInput for: an unsupported architecture, a model in training mode or one that could not be made smaller
-    in the end (all before a batch is read), a first batch that the model has no loss on (before any pass over the
-    others), an empty loader, a loss that is not finite, a budget that nothing fits. Warns when the calibration loss is
-    near that of a constant prediction.
+    Raises InvalidInput for: an option out of its range, an unsupported architecture, a model in training mode or one
+    that could not be made smaller in the end (all before a batch is read), a first batch that the model has no loss on
+    (before any pass over the others), an empty loader, a loss that is not finite, a budget that nothing fits (as soon
+    as what it costs is known: before a batch is read, with a given table or `seq_len`). Warns when the calibration loss
+    is near that of a constant prediction.
     """
     if not isinstance(target, (Macs, Latency)):
         raise InvalidInput(f"target={target!r}: expected effnn.ltp.Macs(ratio) or effnn.ltp.Latency(ratio, ...)")
+    if not isinstance(table, (LatencyTable, NoneType)):
+        raise InvalidInput(f"table={table!r}: expected None or an effnn.ltp.LatencyTable")
+    check_calibration(fisher, holdout, autocast, offload)
+    check_tuning(solver, autocast, offload)
+    check_count("seed", seed, -(2**63), 2**63 - 1)
     check_model(model, labels, loss)
     shape = Shape.of(model, adapter_for(model))
+    check_chunks("heads", shape.heads, 1, target.min_heads)
+    check_chunks("filters", shape.filters, round_to, target.min_filters)
+    if isinstance(target, Latency) and table is not None:
+        _check_table(table, target, model, round_to)
+    elif isinstance(target, Macs) and target.seq_len != "auto":
+        spare_macs(MacCost(shape, target.seq_len), target, round_to)
     small = rebuilt(model)
     batches = _length(calibration_loader)
     first, calibration_loader = checked_loader(model, calibration_loader, labels, loss)
     check_rebuilt(model, small, first, loss)
     del small, first
-    if isinstance(target, Latency):
-        # before the calibration, so that a device that is not here is found at once
-        table = table or LatencyTable.measure(model, target, progress=progress)
-        table.check(target, model)
+    if isinstance(target, Latency) and table is None:
+        # before the calibration, so that a device that is not here or a budget out of reach is found at once
+        table = LatencyTable.measure(model, target, progress=progress)
+        _check_table(table, target, model, round_to)
     memory = PeakMemory(next(model.parameters()).device)
     steps = None if batches is None else batches + 2 * shape.layers * tune
     with (
@@ -151,7 +166,7 @@ def prune(
             stages.append(budget.stage("rearrange", masks, pruned_loss, clock.read()))
 
         # 4. scales, unless they raise the held-out loss
-        layers, accepted = [], None
+        layers, accepted, judgement = [], None, ""
         if tune:
             bar.set_description("tune")
             tuned, layers = tune_masks(
@@ -165,13 +180,11 @@ def prune(
                 on_step=bar.update,
             )
             tuned_loss = loss_under(tuned)
-            accepted = tuned_loss is None or tuned_loss <= pruned_loss
+            accepted, judgement = judged(pruned_loss, tuned_loss)
+            if judgement:
+                log.warning(judgement)
             if accepted:
                 masks, pruned_loss = tuned, tuned_loss
-            else:
-                log.warning(
-                    "tuned scales raise the held-out loss from %.4f to %.4f and are dropped", pruned_loss, tuned_loss
-                )
             kept["tune"] = masks
             stages.append(budget.stage("tune", masks, pruned_loss, clock.read()))
     report = PruneReport(
@@ -184,6 +197,7 @@ def prune(
         stages=stages,
         layers=layers,
         tuning_accepted=accepted,
+        tuning_reason=judgement,
         latency=_check_latency(model, masks, searched, table) if isinstance(target, Latency) else None,
         peak_bytes=memory.peak_bytes,
     )
@@ -198,6 +212,8 @@ class _Budget:
         self.cost = MacCost(shape, float(target.seq_len if given else calibration.mean_length))
         self.importance = calibration.head_importance, calibration.filter_importance
         self.table, self.round_to = table if isinstance(target, Latency) else None, round_to
+        if self.table is None:
+            spare_macs(self.cost, target, round_to)
 
     def search_for(self, model: PreTrainedModel, target: Macs | Latency) -> SearchResult:
         """Masks of which `model` keeps the budget: counted in MACs, or measured."""
@@ -240,6 +256,11 @@ def _check_latency(model: PreTrainedModel, masks: Masks, searched: SearchResult,
         ratio=measured_ratio(times),
         attempts=searched.attempts,
     )
+
+
+def _check_table(table: LatencyTable, target: Latency, model: PreTrainedModel, round_to: int) -> None:
+    table.check(target, model)
+    check_reachable(table, target, Shape.of(model).layers, round_to)
 
 
 def _length(loader: Iterable) -> int | None:

@@ -11,6 +11,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from effnn.base import InvalidInput
+from effnn.ltp.pruning.options import check_count
+
+
+def check_chunks(kind: str, width: int, chunk: int, minimum: int) -> None:
+    """InvalidInput unless a layer of `width` heads or filters (`kind`) has such chunks and such a minimum."""
+    check_count("round_to", chunk, 1, width, f"the {kind} of a layer")
+    check_count(f"min_{kind}", minimum, 0, width, f"the {kind} of a layer")
+
+
+def fewest_kept(width: int, chunk: int, minimum: int) -> int:
+    """Units that every layer keeps at least: the minimum, rounded up to whole chunks."""
+    return min(chunk * math.ceil(minimum / chunk), width)
 
 
 class RankedUnits:
@@ -27,10 +39,7 @@ class RankedUnits:
         if not (importance.isfinite().all() and (importance >= 0).all()):
             raise InvalidInput(f"importance of {kind}: expected finite numbers of at least 0")
         width = importance.shape[1]
-        if minimum > width:
-            raise InvalidInput(f"a minimum of {minimum} {kind} per layer exceeds the {width} of a layer")
-        if not 1 <= chunk <= width:
-            raise InvalidInput(f"round_to={chunk}: expected a number from 1 to the {width} {kind} of a layer")
+        check_chunks(kind, width, chunk, minimum)
         importance = importance.detach().double().cpu()
         self.order = importance.argsort(dim=1, descending=True, stable=True)
         ranked = importance.gather(1, self.order)

@@ -71,6 +71,7 @@ class PruneReport:
     stages: in their order.
     layers: what tuning did in each layer, for heads and for filters.
     tuning_accepted: False if the held-out loss rose and the scales were dropped; None without tuning.
+    tuning_reason: why they were dropped, or why they are used although no held-out loss judged them; "" otherwise.
     latency: for a target in latency.
     peak_bytes: memory above the level at the call (GPU: allocator; CPU: resident set), None if not measured.
     """
@@ -84,6 +85,7 @@ class PruneReport:
     stages: list[Stage]
     layers: list[LayerTuning] = field(default_factory=list)
     tuning_accepted: bool | None = None
+    tuning_reason: str = ""
     latency: LatencyCheck | None = None
     peak_bytes: int | None = None
 

@@ -14,6 +14,7 @@ tuning goes on. (The paper's code stops at the first failure and tests on no hel
 the last layer reaches the loss, as in a classifier, only that is reconstructed there.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.calibration.held_out import LayerInput
 from effnn.ltp.pruning.least_squares import NormalEquations, Sums
 from effnn.ltp.pruning.masks import Masks, Shape
+from effnn.ltp.pruning.options import check_tuning
 from effnn.ltp.pruning.sliced_layer import SlicedLayer
 
 MAX_SCALE = 10.0
@@ -87,8 +89,7 @@ def tune_masks(
     """
     if not inputs:
         raise InvalidInput("mask tuning needs what enters the first layer: call calibrate(..., keep_inputs=True)")
-    if solver not in ("ridge", "lsmr"):
-        raise InvalidInput(f'solver={solver!r}: expected "ridge" or "lsmr"')
+    check_tuning(solver, autocast, offload)
     adapter = adapter_for(model)
     layers = adapter.layers(model)
     shape = Shape.of(model, adapter)
@@ -126,6 +127,20 @@ def tune_masks(
                 run.advance(student)
             on_step()
     return tuned, done
+
+
+def judged(before: float | None, after: float | None) -> tuple[bool, str]:
+    """Whether to use the scales, by the held-out losses without and with them; and the reason, where it is not plain.
+
+    A loss that is not known, or not finite even without the scales, judges nothing: then the layers' own errors decide.
+    """
+    if before is None or after is None:
+        return True, ""
+    if not math.isfinite(before):
+        return True, f"the held-out loss is {before} without the scales, so it does not judge them: they are used"
+    if after <= before:
+        return True, ""
+    return False, f"tuned scales raise the held-out loss from {before:.6g} to {after:.6g} and are dropped"
 
 
 class _BatchStates:

@@ -1,5 +1,7 @@
 """Masks, shapes and adapters: what is covered, what is refused, and that a masked block leaves no trace."""
 
+import copy
+
 import pytest
 import torch
 from helpers.encoders import FAMILIES, FILTERS, HEADS, HIDDEN, LAYERS, SIBLINGS, build, logits, randomise
@@ -7,6 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from effnn import ltp
 from effnn.base import InvalidInput
 from effnn.ltp.pruning import adapters
 from effnn.ltp.pruning.adapters import LayerParts, adapter_for, register_adapter
@@ -115,6 +118,24 @@ def test_unequal_layers_are_refused():
     model.bert.encoder.layer[1].intermediate.dense = nn.Linear(HIDDEN, FILTERS - 1)
     with pytest.raises(InvalidInput, match="layers differ"):
         Shape.of(model)
+
+
+@pytest.mark.parametrize("path", ["", "attention", "output.dense", "output.LayerNorm"])
+def test_layers_that_share_a_module_are_refused_until_each_has_its_own(path):
+    model, batch = FAMILIES["bert"]()
+    layers = model.bert.encoder.layer
+    if path:
+        layers[1].set_submodule(path, layers[0].get_submodule(path))
+    else:
+        layers[1] = layers[0]
+    for use in (Shape.of, lambda model: ltp.prune(model, [batch], ltp.Macs(0.5))):
+        with pytest.raises(InvalidInput, match="of layer 0 and .* of layer 1 are one module.*deepcopy"):
+            use(model)
+    if path:
+        layers[1].set_submodule(path, copy.deepcopy(layers[0].get_submodule(path)))
+    else:
+        layers[1] = copy.deepcopy(layers[0])
+    assert Shape.of(model) == SHAPE
 
 
 def test_models_without_an_adapter():

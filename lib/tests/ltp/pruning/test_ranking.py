@@ -31,9 +31,10 @@ def test_chunks_hold_a_layers_best_units_and_the_last_one_what_is_left(minimum, 
     [
         ([[1.0, -1.0]], {}, "importance of heads: expected finite numbers"),
         ([[1.0, float("nan")]], {}, "importance of heads: expected finite numbers"),
-        ([[1.0, 2.0]], {"minimum": 3}, "a minimum of 3 heads per layer exceeds the 2"),
-        ([[1.0, 2.0]], {"chunk": 3}, "round_to=3: expected a number from 1 to the 2 heads"),
+        ([[1.0, 2.0]], {"minimum": 3}, "min_heads=3: expected a whole number from 0 to 2, the heads of a layer"),
+        ([[1.0, 2.0]], {"chunk": 3}, "round_to=3: expected a whole number from 1 to 2, the heads of a layer"),
         ([[1.0, 2.0]], {"chunk": 0}, "round_to=0: expected"),
+        ([[1.0, 2.0]], {"chunk": 1.5}, "round_to=1.5: expected a whole number"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(importance, options, message):

@@ -8,7 +8,7 @@ classifier's last layer is not computed (first_token.py). The loader is read onc
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +21,18 @@ from effnn.ltp.pruning.calibration.batch_checks import checked_loader
 from effnn.ltp.pruning.calibration.batches import row_count, to_device
 from effnn.ltp.pruning.calibration.first_token import first_token_only
 from effnn.ltp.pruning.calibration.fisher import MaskGradients, fisher_diagonal, probes
-from effnn.ltp.pruning.calibration.held_out import HeldOut, KeptRows, LayerInput
-from effnn.ltp.pruning.calibration.losses import ChanceLoss, Loss, drawn_labels, label_counts, mean_loss
-from effnn.ltp.pruning.calibration.model_checks import check_model
+from effnn.ltp.pruning.calibration.held_out import HeldOut, KeptRows, LayerInput, is_mean_over_rows
+from effnn.ltp.pruning.calibration.losses import (
+    ChanceLoss,
+    Loss,
+    drawn_labels,
+    label_counts,
+    mean_loss,
+    no_labels_because,
+)
+from effnn.ltp.pruning.calibration.model_checks import check_model, eager
 from effnn.ltp.pruning.masks import Shape
+from effnn.ltp.pruning.options import check_calibration
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +111,14 @@ def calibrate(
     loss: `loss(model, batch)` instead of the model's own; it returns the mean loss of the batch, and must call the
         model that it is given. Batches may then be of any form (batches.py); which labels count is said in losses.py.
         It may call the model several times, row i of each call being row i of the batch; where a call has other
-        numbers of rows, fisher="sample" is refused and batches are held out whole.
+        numbers of rows, fisher="sample" is refused and batches are held out whole. They also are where the loss is no
+        mean over rows (`is_mean_over_rows`).
 
     Raises InvalidInput for a model or batch that is refused (model_checks.py, batch_checks.py), an empty loader,
     missing labels, a loss that is not finite.
     """
     check_model(model, labels, loss)
-    if fisher not in ("batch", "sample"):
-        raise InvalidInput(f'fisher={fisher!r}: expected "batch" or "sample"')
-    if not 0 <= holdout < 1:
-        raise InvalidInput(f"holdout={holdout}: expected a share from 0 up to, but not including, 1")
+    check_calibration(fisher, holdout, autocast, offload)
     adapter = adapter_for(model)
     shape = Shape.of(model, adapter)
     device = next(model.parameters()).device
@@ -121,7 +127,7 @@ def calibrate(
     kept = KeptRows(holdout)
     chance, tokens, sequences, rows = ChanceLoss(), 0, 0, 0
     head_reads_first = loss is None and adapter.reads_first_token_only(model)
-    with _frozen(model), probes(model, adapter, collected) as anchor, _eager(model), ExitStack() as shortcut:
+    with _frozen(model), probes(model, adapter, collected) as anchor, eager(model), ExitStack() as shortcut:
         for index, batch in enumerate(checked_loader(model, loader, labels, loss)[1]):
             size, where = row_count(batch), f"calibration batch {index}"
             counts = label_counts(model, batch, size) if labels == "data" else torch.ones(size, dtype=torch.long)
@@ -130,6 +136,9 @@ def calibrate(
                 on_batch()
                 continue
             batch = to_device(batch, device)
+            if loss is not None and holdout > 0 and kept.whole is None:
+                rowwise = is_mean_over_rows(model, batch, loss, counts)
+                kept.whole = None if rowwise is None else not rowwise
             collected.start()
             with torch.enable_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 if labels == "model":
@@ -162,7 +171,7 @@ def calibrate(
                 release_free_memory()  # so that the peak stays that of one mini-batch
             on_batch()
     if not losses:
-        raise InvalidInput("no calibration batch has a label that counts: all of them are ignored (-100)")
+        raise InvalidInput(f"no calibration batch has a label that counts: {no_labels_because(batch)}")
     inputs, held_out = kept.result()
     result = Calibration(
         head_gradients=torch.cat(heads),
@@ -199,9 +208,3 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _eager(model: PreTrainedModel) -> AbstractContextManager:
-    """A model compiled in place (`model.compile()`) runs as it is written: compiling around the probes takes longer."""
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

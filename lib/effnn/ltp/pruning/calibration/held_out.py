@@ -2,10 +2,12 @@
 
 Held-out rows stand at the end of a batch, so one forward pass runs fitted and held-out rows together. Where the
 sequences that the encoder sees are not the rows of the batch (a loss of your own that joins two inputs into one call),
-it is not known which sequence belongs to which row, and batches are held out whole.
+it is not known which sequence belongs to which row, and batches are held out whole. So they are where a loss of your
+own is no mean over rows (`is_mean_over_rows`), since its value on a part of a batch says nothing of the batch.
 """
 
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.calibration.batches import row_count, row_keys, sequences_per_row, take
 from effnn.ltp.pruning.calibration.first_token import layers_skipped
-from effnn.ltp.pruning.calibration.losses import Loss, label_counts, mean_loss
+from effnn.ltp.pruning.calibration.losses import Loss, label_counts, mean_loss, same_draws
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +55,14 @@ class KeptRows:
     """What is kept of every mini-batch: the first layer's inputs, and the held-out rows at its end.
 
     Calibration rows are drawn with replacement, so a held-out row may also be a fitted one. It would then judge scales
-    that were fitted to it, so it does not count as held out (and its tokens there are marked as not live).
+    that were fitted to it, so it does not count as held out (and its tokens there are marked as not live). A batch that
+    is held out whole gives a loss if at least half of its rows are no fitted ones.
     """
 
     def __init__(self, holdout: float):
         self.holdout, self.owed, self.fitted = holdout, 0.0, 0
+        self.whole: bool | None = None
+        """Whether batches are held out whole; None while it is not known."""
         self.inputs: list[LayerInput] = []
         self.held_out: list[tuple[HeldOut, list[object], list[Tensor]]] = []
         self.seen: set[object] = set()
@@ -82,7 +87,7 @@ class KeptRows:
         aligned = all(len(states) == size * sequences for states, _, _ in passes)
         self.owed += self.holdout * size
         count = min(int(self.owed), size if self.fitted else size - 1)
-        if not aligned:
+        if self.whole or not aligned:
             count = size if count == size or (self.fitted and self.owed >= size / 2) else 0
         self.owed -= count
         self.fitted += size - count
@@ -113,17 +118,43 @@ class KeptRows:
                     live[[row for row, key in enumerate(keys) if key in self.seen]] = False
                 elif not fresh:
                     live[:] = False
-            if len(fresh) == len(keys):
+            if len(fresh) == len(keys) or (self.whole and 2 * len(fresh) >= len(keys)):
                 batches.append(held)
-            elif fresh:
+            elif fresh and not self.whole:
                 batches.append(HeldOut(take(held.batch, fresh), None if held.first is None else held.first[fresh]))
         if self.holdout and self.inputs and not batches:
             log.warning("no row could be held out: tuning is judged on the rows that it is fitted to")
         return self.inputs, batches
 
 
+def is_mean_over_rows(model: PreTrainedModel, batch: object, loss: Loss, labels: Tensor) -> bool | None:
+    """Whether the loss of a batch is the mean of the losses of its parts, label by label; None for a single row.
+
+    It is not with in-batch negatives, with pairs in neighbouring rows, or drawn anew at each call. Compared are the
+    whole batch, its two halves, and its last row with all others; a part on which the loss fails or is not finite
+    counts as different. labels: (rows,), how many of each row count.
+    """
+    rows = labels.nonzero().flatten().tolist()
+    if len(rows) < 2:
+        return None
+    close = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+
+    def mean(*parts: list[int]) -> float:
+        values = [float(mean_loss(model, take(batch, part), loss)) for part in parts]
+        counts = [int(labels[part].sum()) for part in parts]
+        return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+
+    with same_draws(model):
+        whole = mean(rows)
+        try:
+            parts = [mean(rows[:at], rows[at:]) for at in (len(rows) // 2, len(rows) - 1)]
+        except Exception:  # raised by the caller's loss, which ran on the whole batch
+            return False
+    return all(math.isclose(whole, value, rel_tol=close, abs_tol=1e-6) for value in parts)
+
+
 def held_out_loss(model: PreTrainedModel, rows: list[HeldOut], loss: Loss | None = None) -> float | None:
-    """Mean loss per label of `model` over these rows; None if they hold no label."""
+    """Mean loss per label of `model` over these rows; None if they hold no label. It need not be finite."""
     return _mean_loss(model, [(held.batch, None) for held in rows], loss)
 
 

@@ -12,14 +12,15 @@ loss and for a loss of your own, so that `loss=lambda model, batch: model(**batc
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effnn.base import InvalidInput, hooked
-from effnn.ltp.pruning.calibration.batches import LABELS, entries, main_input
+from effnn.ltp.pruning.calibration.batches import LABELS, entries, main_input, row_count
 
 IGNORED = -100
 """The label that torch's and transformers' losses leave out."""
@@ -56,17 +57,27 @@ def mean_loss(model: PreTrainedModel, batch: object, loss: Loss | None = None, w
                 "element (return output.loss of a model output, losses.mean() of losses per row)"
             )
         return value.reshape(()).float()
-    output = _forward(model, batch, where)
+    output = forward(model, batch, where)
     value = getattr(output, "loss", None)
     if value is None:
         raise InvalidInput(missing_labels(model, batch))
     return value.float()
 
 
-def _forward(model: PreTrainedModel, batch: Mapping, where: str) -> object:
+@contextmanager
+def same_draws(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients, and the same random numbers in every such block; the generators are restored after it."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def forward(model: PreTrainedModel, batch: Mapping, where: str) -> object:
     """The output of the model on the batch; InvalidInput if it does not run."""
-    # a configuration may ask for tuples, which do not say which of their items is the loss
-    options = {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
+    # a configuration or a batch may ask for tuples, which do not say which of their items is the loss
+    tuples = "return_dict" in batch or not getattr(model.config, "return_dict", True)
+    options = {"return_dict": True} if tuples else {}
     try:
         return model(**batch | options)
     except _RAW_ERRORS as error:
@@ -103,7 +114,7 @@ def drawn_labels(
 ) -> tuple[Tensor, dict]:
     """The loss on labels drawn from the model's own prediction, and the batch with these labels."""
     batch = {name: value for name, value in batch.items() if name not in LABELS}
-    logits = getattr(_forward(model, batch, where), "logits", None)
+    logits = getattr(forward(model, batch, where), "logits", None)
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2 or several:
         raise InvalidInput('labels="model" needs a classification head that chooses one of at least two classes')
@@ -129,6 +140,18 @@ def label_counts(model: PreTrainedModel, batch: object, rows: int) -> Tensor:
     if labels.numel() == 0 or labels.numel() % rows:
         return one_each
     return (labels != IGNORED).reshape(rows, -1).sum(1).cpu()
+
+
+def no_labels_because(batch: object) -> str:
+    """Why no row of the batch has a label that counts, and the way out."""
+    if row_count(batch) == 0:
+        return "the batches hold no rows"
+    if isinstance(batch.get("start_positions"), Tensor) and (window := main_input(batch)) is not None:
+        return (
+            f"all answers start or end outside the window of {window.shape[1]} tokens: expected start_positions and "
+            f"end_positions below {window.shape[1]} in some rows (leave out rows without one, or raise max_length)"
+        )
+    return f"all of them are to be ignored ({IGNORED}): expected classes or token ids"
 
 
 def is_regression(model: PreTrainedModel, labels: Tensor, rows: int) -> bool:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from effnn.base import InvalidInput, Timing
+from effnn.base import LEAST, Timing
 from effnn.ltp.pruning.latency.measure import compare_latency
 from effnn.ltp.pruning.latency.search import search_latency
 from effnn.ltp.pruning.latency.table import Latency, LatencyTable
 from effnn.ltp.pruning.macs import Macs
-from effnn.ltp.pruning.masks import Masks
+from effnn.ltp.pruning.masks import BudgetTooSmall, Masks
 from effnn.ltp.pruning.shrinking.shrink import shrink
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def search_measured(
         planned = replace(planned, ratio=planned.ratio * max(target.ratio / attempt.measured, LARGEST_CORRECTION))
         try:
             masks = search_latency(head_importance, filter_importance, table, planned, round_to)
-        except InvalidInput:  # by the table nothing is faster
+        except BudgetTooSmall:  # by the table nothing is faster
             break
     if not tried:
         return SearchResult(masks, planned, ())
@@ -106,10 +106,11 @@ def measure_pair(model: PreTrainedModel, masks: Masks, target: Latency) -> dict[
 
 
 def measured_ratio(times: dict[str, Timing]) -> float:
-    """Median over the rounds of pruned / dense; rounds in which the clock stood still for the dense model do not count.
+    """Median over the rounds of pruned / dense.
 
-    1.0 where none counts: then nothing was found out.
+    A round in which the clock stood still for the dense model (`interleave` gives `LEAST`) does not count. 1.0 where
+    none counts: then nothing was found out.
     """
     pairs = zip(times["pruned"].seconds, times["dense"].seconds, strict=True)
-    ratios = [pruned / dense for pruned, dense in pairs if dense > 0]
+    ratios = [pruned / dense for pruned, dense in pairs if dense > LEAST]
     return statistics.median(ratios) if ratios else 1.0

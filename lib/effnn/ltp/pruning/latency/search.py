@@ -36,6 +36,22 @@ def search_latency(
     Blocks may lose all their units. Ties go to the lower index. Raises BudgetTooSmall if no choice fits, naming the
     smallest ratio that does.
     """
+    heads, filters, budget = _within_budget(head_importance, filter_importance, table, target, round_to)
+    search = _search_table if target.latency_model == "table" else _search_piecewise
+    kept_heads, kept_filters = search(heads, filters, budget)
+    return Masks(heads.mask(torch.tensor(kept_heads)), filters.mask(torch.tensor(kept_filters)))
+
+
+def check_reachable(table: LatencyTable, target: Latency, layers: int, round_to: int = 1) -> None:
+    """BudgetTooSmall where `search_latency` would raise it, whatever the importances of the `layers` layers."""
+    heads, filters = (torch.zeros(layers, len(ms) - 1) for ms in (table.head_ms, table.filter_ms))
+    _within_budget(heads, filters, table, target, round_to)
+
+
+def _within_budget(
+    head_importance: Tensor, filter_importance: Tensor, table: LatencyTable, target: Latency, round_to: int
+) -> tuple["_TimedUnits", "_TimedUnits", float]:
+    """Heads and filters as the table times them, and the ms that they may take together."""
     table.check(target)
     heads = _TimedUnits("heads", head_importance, table.head_ms, 1, target.min_heads)
     filters = _TimedUnits("filters", filter_importance, table.filter_ms, round_to, target.min_filters)
@@ -52,9 +68,7 @@ def search_latency(
             f"{dense:.3g} ms are spent outside the layers, and empty blocks and the minimum per layer take time "
             f"too. The smallest feasible ratio is {smallest:.4f}"
         )
-    search = _search_table if target.latency_model == "table" else _search_piecewise
-    kept_heads, kept_filters = search(heads, filters, budget)
-    return Masks(heads.mask(torch.tensor(kept_heads)), filters.mask(torch.tensor(kept_filters)))
+    return heads, filters, budget
 
 
 class _TimedUnits(RankedUnits):

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from effnn.base import InvalidInput, write_json
 from effnn.ltp.pruning.latency.blocks import measure_blocks
 from effnn.ltp.pruning.latency.measure import check_device, placed_copy
-from effnn.ltp.pruning.masks import Masks
+from effnn.ltp.pruning.masks import Masks, Shape
+from effnn.ltp.pruning.options import check_choice, check_count, check_floating, is_number
 
 _FORMAT = 1
 _LEAST_MS = 1e-6
@@ -61,25 +62,19 @@ class Latency:
     min_filters: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise InvalidInput(f"Latency(ratio={self.ratio}): expected a number above 0 and at most 1, such as 0.6")
+        if not is_number(self.ratio, 0, 1):
+            raise InvalidInput(f"Latency(ratio={self.ratio!r}): expected a number above 0 and at most 1, such as 0.6")
         for name in ("batch", "seq_len", "grid", "repeats"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 1")
+            check_count(f"Latency.{name}", getattr(self, name), 1)
         for name in ("corrections", "min_heads", "min_filters"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise InvalidInput(f"Latency({name}={getattr(self, name)!r}): expected a whole number of at least 0")
-        if self.latency_model not in ("table", "piecewise"):
-            raise InvalidInput(f'Latency(latency_model={self.latency_model!r}): expected "table" or "piecewise"')
+            check_count(f"Latency.{name}", getattr(self, name), 0)
+        check_choice("Latency.latency_model", self.latency_model, "table", "piecewise")
         self.torch_dtype()
 
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype as torch's."""
-        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
-        if (self.dtype is not None and not isinstance(dtype, torch.dtype)) or (dtype and not dtype.is_floating_point):
-            raise InvalidInput(
-                f"Latency(dtype={self.dtype!r}): expected None or a floating type such as torch.bfloat16"
-            )
+        dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        check_floating("Latency.dtype", dtype)
         return dtype
 
     def relaxed(self) -> "Latency":
@@ -101,6 +96,8 @@ class LatencyTable:
     seq_len: tokens per row.
     device: type of the device.
     dtype: name of the dtype.
+    layers: of the model that was measured.
+    hidden: its hidden size.
     provenance: machine, versions and settings of the measurement.
     """
 
@@ -114,6 +111,8 @@ class LatencyTable:
     seq_len: int | None = None
     device: str | None = None
     dtype: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,10 +144,11 @@ class LatencyTable:
         """
         placed = placed_copy(model, check_device(target.device), target.torch_dtype())
         times = measure_blocks(placed, target.batch, target.seq_len, target.grid, target.repeats, progress)
-        on_gpu = placed.device.type == "cuda"
+        on_gpu, shape = placed.device.type == "cuda", Shape.of(placed)
+        filter_ms = _tiled(times.filters, target.grid)
         return cls(
             head_ms=_interpolated(times.heads),
-            filter_ms=_tiled(times.filters, target.grid) if any(times.filters.values()) else _even(times.filters),
+            filter_ms=filter_ms if filter_ms[-1] > 0 else _even(times.filters),
             rest_ms=times.rest_ms,
             head_points=tuple(times.heads.items()),
             filter_points=tuple(times.filters.items()),
@@ -157,6 +157,8 @@ class LatencyTable:
             seq_len=target.seq_len,
             device=placed.device.type,
             dtype=str(placed.dtype).removeprefix("torch."),
+            layers=shape.layers,
+            hidden=shape.hidden,
             provenance={
                 "model_type": placed.config.model_type,
                 "attention": placed.config._attn_implementation,
@@ -168,8 +170,16 @@ class LatencyTable:
             },
         )
 
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Heads and filters of a layer."""
+        return len(self.head_ms) - 1, len(self.filter_ms) - 1
+
     def predict(self, masks: Masks) -> float:
-        """Ms of the model pruned by `masks`."""
+        """Ms of the model pruned by `masks`; InvalidInput for masks of other widths than the table's."""
+        widths, found = self._widths, (masks.heads.shape[1], masks.filters.shape[1])
+        if found != widths:
+            raise InvalidInput(f"masks of (heads, filters)={found} per layer; the latency table is of {widths}")
         return self.predict_counts(masks.heads_per_layer, masks.filters_per_layer)
 
     def predict_counts(self, heads: Sequence[int], filters: Sequence[int]) -> float:
@@ -179,12 +189,13 @@ class LatencyTable:
 
     def dense_prediction(self, layers: int) -> float:
         """Ms predicted for the dense model of `layers` layers: what ratios refer to."""
-        return self.predict_counts([len(self.head_ms) - 1] * layers, [len(self.filter_ms) - 1] * layers)
+        heads, filters = self._widths
+        return self.predict_counts([heads] * layers, [filters] * layers)
 
     def check(self, target: Latency, model: PreTrainedModel | None = None) -> None:
         """InvalidInput if the table was measured for other inputs, another device type or dtype than the target's.
 
-        What the target leaves open is the model's, where one is given.
+        What the target leaves open is the model's, where one is given; then the sizes of its layers must fit too.
         """
         wanted = {"batch": target.batch, "seq_len": target.seq_len}
         device, dtype = target.device or (model and model.device), target.torch_dtype() or (model and model.dtype)
@@ -198,6 +209,15 @@ class LatencyTable:
                     f"the latency table was measured with {name}={getattr(self, name)!r}, the target says {value!r}: "
                     "measure a table for the target (LatencyTable.measure)"
                 )
+        if model is not None:
+            shape, (heads, filters) = Shape.of(model), self._widths
+            sizes = {"layers": self.layers, "heads": heads, "filters": filters, "hidden": self.hidden}
+            for name, size in sizes.items():
+                if size not in (None, getattr(shape, name)):
+                    raise InvalidInput(
+                        f"the latency table is of a model with {name}={size}, this model has {getattr(shape, name)}: "
+                        "measure a table of this model (LatencyTable.measure)"
+                    )
 
     def save(self, path: str | Path) -> Path:
         """Write the table as JSON, atomically; returns the path."""

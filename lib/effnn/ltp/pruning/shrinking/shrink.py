@@ -16,6 +16,7 @@ from effnn.base import InvalidInput
 from effnn.ltp.pruning.adapters import adapter_for
 from effnn.ltp.pruning.masks import Masks, Shape
 from effnn.ltp.pruning.shrinking.models import PrunedMixin, is_packed, pruned_class
+from effnn.ltp.pruning.shrinking.module_settings import carry_settings
 
 _ROWS = {"query": "heads", "key": "heads", "value": "heads", "fc1": "filters"}
 _COLUMNS = {"out": "heads", "fc2": "filters"}
@@ -25,10 +26,11 @@ _COLUMNS = {"out": "heads", "fc2": "filters"}
 def shrink(model: PreTrainedModel, masks: Masks, share: bool = False) -> PreTrainedModel:
     """A new, smaller model that computes what `model` computes under `masks`; `model` is left as it was.
 
-    Device, dtype, `requires_grad` and train or eval mode are kept. Beyond the small model itself no memory of the size
-    of the weights is used. share: parameters that nothing is cut from (embeddings, task head) are not copied but the
-    model's own, for a quick look that is thrown away. InvalidInput if the masks do not fit, if the model is pruned
-    already or quantized, or if its class has no pruned counterpart.
+    Device, dtype, `requires_grad`, and the mode and the settings of every module (dropout, eps, gradient checkpointing)
+    are kept. Beyond the small model itself no memory of the size of the weights is used. share: parameters that nothing
+    is cut from (embeddings, task head) are not copied but the model's own, for a quick look that is thrown away.
+    InvalidInput if the masks do not fit, if the model is pruned already or quantized, or if its class has no pruned
+    counterpart.
     """
     adapter = adapter_for(model)
     if is_packed(model):
@@ -60,7 +62,8 @@ def shrink(model: PreTrainedModel, masks: Masks, share: bool = False) -> PreTrai
                 # a product with float32 scales is float32; half precision rounds once, here
                 changed[f"{names[linear]}.weight"] = (weight[:, kept] * columns).to(weight.dtype)
     _fill(small, model, changed, share)
-    return small.train(model.training)
+    carry_settings(model, small)
+    return small
 
 
 def pad(small: PreTrainedModel) -> PreTrainedModel:
@@ -97,7 +100,8 @@ def pad(small: PreTrainedModel) -> PreTrainedModel:
                     zeros.index_copy_(axis, where, source.get_parameter(name).detach())
                 changed[f"{names[linear]}.{name}"] = zeros
     _fill(dense, small, changed)
-    return dense.train(small.training)
+    carry_settings(small, dense)
+    return dense
 
 
 def _kept_units(config: PreTrainedConfig, layer: int, context: int, head_size: int, filters: int) -> dict[str, Tensor]:
@@ -140,17 +144,17 @@ def _fill(target: PreTrainedModel, source: PreTrainedModel, changed: dict[str, T
     done: dict[int, nn.Parameter] = {}
     for name, place in places.items():
         origin = origins.get(name)
-        if origin is None or id(origin) not in done:
-            value = changed[name] if name in changed else origin.detach() if share else origin.detach().clone()
-            if value.shape != place.shape:
-                raise InvalidInput(
-                    f"{name} is of shape {tuple(value.shape)}, but its configuration says {tuple(place.shape)}"
-                )
-            parameter = nn.Parameter(value, requires_grad=origin is None or origin.requires_grad)
-            if origin is not None:
-                done[id(origin)] = parameter
+        if name in changed:  # also where it was tied: each place is cut by itself
+            parameter = nn.Parameter(changed[name], requires_grad=origin is None or origin.requires_grad)
+        elif id(origin) in done:  # what nothing is cut from stays tied
+            parameter = done[id(origin)]
         else:
-            parameter = done[id(origin)]  # tied parameters stay tied
+            value = origin.detach() if share else origin.detach().clone()
+            parameter = done[id(origin)] = nn.Parameter(value, requires_grad=origin.requires_grad)
+        if parameter.shape != place.shape:
+            raise InvalidInput(
+                f"{name} is of shape {tuple(parameter.shape)}, but its configuration says {tuple(place.shape)}"
+            )
         _put(target, name, parameter)
     for name, _ in list(target.named_buffers()):  # of an empty map, in `changed`, or the model's own
         _put(target, name, changed[name] if name in changed else source.get_buffer(name).detach().clone())

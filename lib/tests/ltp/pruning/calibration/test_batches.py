@@ -89,6 +89,9 @@ class TestNotPerRow:
         found = prune(model, plain)
         assert same(found, expected) and found.report.dense_loss == expected.report.dense_loss
         assert isinstance(found.materialize()(**plain[0]), tuple)
+        for of_configuration in (False, True):
+            model.config.return_dict = of_configuration
+            assert same(prune(model, [b | {"return_dict": False} for b in plain]), expected)
 
     def test_one_row_a_batch(self):
         model, batch = FAMILIES["bert"]()
@@ -191,6 +194,10 @@ class TestTokenLabels:
         model, batch = build("bert", "mlm")
         with pytest.raises(InvalidInput, match="no calibration batch has a label"):
             calibrate(model, [batch | {"labels": torch.full_like(batch["labels"], -100)}])
+        model, batch = build("bert", "qa")
+        outside = {"start_positions": torch.full((5,), 13), "end_positions": torch.full((5,), 14)}
+        with pytest.raises(InvalidInput, match="all answers start or end outside the window of 13 tokens"):
+            calibrate(model, [batch | outside] * 2)
 
 
 def choices(family, count=6, seed=0):

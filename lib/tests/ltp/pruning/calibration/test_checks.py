@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import re
 
 import pytest
@@ -269,13 +270,25 @@ class TestAdded:
         model, loader = bert
         model.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU().eval()
         read = []
-        with pytest.raises(InvalidInput, match="another loss.*configuration does not tell"):
+        with pytest.raises(InvalidInput, match="other outputs.*configuration does not tell"):
             pruned(model, (read.append(1) or batch for batch in loader))
         assert len(read) == 1
         model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU().eval()
         model.bert.encoder.layer[2].intermediate.intermediate_act_fn = nn.ReLU().eval()
         model.config.hidden_act = "relu"  # so that the configuration tells it
         assert pruned(model, loader)
+
+    def test_what_a_loss_hides_is_found_in_the_outputs(self, bert):
+        model, loader = bert
+        model.bert.pooler.activation = nn.Hardtanh().eval()
+        unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in loader]
+        for batches, options in (
+            (loader, {"loss": lambda m, b: m(**b).loss * 0 + m.bert.encoder.layer[0].output.dense.weight.sum()}),
+            (unlabelled, {"labels": "model"}),
+            (loader, {"loss": lambda m, b: m(**b).loss * random.random()}),
+        ):
+            with pytest.raises(InvalidInput, match="other outputs.*configuration does not tell"):
+                pruned(model, batches, **options)
 
     def test_no_weights_and_no_evaluation_mode(self, bert):
         model, loader = bert

@@ -1,7 +1,10 @@
 """Losses of one's own: the model's own loss in other words changes nothing, sentence pairs, encoders without a head."""
 
 import logging
+import math
 import random
+import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.nn import functional
 from effnn import ltp
 from effnn.base import InvalidInput
 from effnn.ltp import Masks, Shape, masked
+from effnn.ltp.pruning.calibration.batches import row_count
+from effnn.ltp.pruning.tune import judged
 
 BUILDS = {f"{name} classification": (name, "classification") for name in TEXT} | {
     "bert qa": ("bert", "qa"),
@@ -147,6 +152,80 @@ def test_the_held_out_loss_is_the_mean_over_the_held_out_rows():
     with torch.no_grad():
         expected = sum(float(pair_loss(model, row)) for row in rows) / len(rows)
     assert len(rows) == 15 and report.dense_loss == pytest.approx(expected, rel=1e-5)
+
+
+def neighbours_loss(model, batch):
+    """Rows 0 and 1 are a pair, and so on: of an odd number of rows it fails, of one it is not a number."""
+    states = model(input_ids=batch["input_ids"]).last_hidden_state.mean(1)
+    return 1 - functional.cosine_similarity(states[::2], states[1::2]).mean()
+
+
+def in_batch_loss(model, batch):
+    """Each row against all others of the batch: 0 for a single row."""
+    sides = [pooled(model, batch[s + "input_ids"], batch[s + "attention_mask"]) for s in ("first_", "second_")]
+    return functional.cross_entropy(sides[0] @ sides[1].T, torch.arange(len(sides[0])))
+
+
+@pytest.mark.parametrize(("loss", "whole"), [(neighbours_loss, True), (in_batch_loss, True), (pair_loss, False)])
+@pytest.mark.parametrize("batches", [2, 10])
+def test_batches_are_held_out_whole_where_the_loss_is_no_mean_over_rows(loss, whole, batches):
+    model, _ = build("bert", "base")
+    loader = [{"input_ids": batch["first_input_ids"]} if loss is neighbours_loss else batch for batch in pairs(batches)]
+    report = ltp.prune(model, loader, ltp.Macs(0.5), loss=loss, progress=False).report
+    sizes = [row_count(batch) for batch in ltp.calibrate(model, loader, loss=loss).held_out_batches]
+    assert sum(sizes) == (batches == 10) * ROWS if whole else set(sizes) == {1}
+    for stage in report.stages:
+        assert stage.loss is None if not sizes else 0 < stage.loss < float("inf")
+
+
+@pytest.mark.parametrize("seen", [0, ROWS // 2, ROWS // 2 + 1])
+def test_a_batch_held_out_whole_is_never_cut(seen):
+    """Some of its rows are fitted elsewhere."""
+    model, _ = build("bert", "base")
+    loader = pairs(10)
+    (place,) = [at for at, item in enumerate(ltp.calibrate(model, loader, loss=joined_loss).inputs) if item.held_out]
+    for name, value in loader[place].items():
+        loader[0][name] = torch.cat([value[:seen], loader[0][name][seen:]])
+    held = ltp.calibrate(model, loader, loss=in_batch_loss).held_out_batches
+    assert [row_count(batch) for batch in held] == [ROWS] * (2 * seen <= ROWS)
+
+
+def test_a_first_batch_of_one_row_leaves_the_question_to_the_next():
+    model, _ = build("bert", "base")
+    loader = pairs(10)
+    loader[0] = {name: value[:1] for name, value in loader[0].items()}
+    for loss, size in ((in_batch_loss, ROWS), (pair_loss, 1)):
+        assert {row_count(batch) for batch in ltp.calibrate(model, loader, loss=loss).held_out_batches} == {size}
+
+
+def test_a_held_out_loss_that_is_not_finite_judges_nothing(monkeypatch, caplog):
+    model, batch = FAMILIES["bert"]()
+    loader, module = rows_of(batch, 6), sys.modules["effnn.ltp.pruning.prune"]
+    for lost in (float("nan"), float("inf")):
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="effnn.ltp"):
+            patch.setattr(module, "held_out_loss", lambda *_, lost=lost: lost)
+            found = ltp.prune(model, loader, ltp.Macs(0.5), holdout=0.1, progress=False)
+        assert found.report.tuning_accepted and f"the held-out loss is {lost} without" in found.report.tuning_reason
+        assert "does not judge them" in caplog.text and "dropped" not in caplog.text
+        assert any(layer.accepted for layer in found.report.layers) and not torch.equal(
+            found.masks.filters, found.masks.binary().filters
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "accepted", "reason"),
+    [
+        (None, None, True, "^$"),
+        (1.0, 1.0, True, "^$"),
+        (1.0, 1.5, False, "from 1 to 1.5 and are dropped"),
+        (1.0, math.nan, False, "to nan and are dropped"),
+        (math.nan, math.nan, True, "is nan without"),
+        (math.inf, 1.0, True, "is inf without"),
+    ],
+)
+def test_the_judgement_of_held_out_losses(before, after, accepted, reason):
+    found = judged(before, after)
+    assert found[0] is accepted and re.search(reason, found[1])
 
 
 def test_a_pair_whose_first_sentence_is_fitted_elsewhere_is_still_unseen():

@@ -12,9 +12,10 @@ from helpers.encoders import FAMILIES, rows_of
 from torch import nn
 
 from effnn import ltp
-from effnn.base import InvalidInput, Timing
+from effnn.base import LEAST, InvalidInput, Timing
 from effnn.ltp.pruning.latency import blocks as latency_blocks
 from effnn.ltp.pruning.latency import measured_search
+from effnn.ltp.pruning.latency import table as latency_table
 from effnn.ltp.pruning.latency.measured_search import LARGEST_CORRECTION, TOLERANCE, measured_ratio, search_measured
 from effnn.ltp.pruning.latency.search import Latency, LatencyTable
 from effnn.ltp.pruning.masks import Masks, Shape
@@ -191,6 +192,19 @@ def test_no_clock_keeps_a_table_from_being_measured_or_a_search_from_ending(kind
     assert 1 <= len(plan.attempts) <= 1 + target.corrections
 
 
+@pytest.mark.parametrize("measured", [(), (0,), (3,), (48,), (0, 3)])
+def test_a_table_can_be_made_of_any_measured_times(measured, monkeypatch):
+    """Whichever widths the clock stood still for."""
+    model, _ = FAMILIES["bert"]()
+    shape = Shape.of(model)
+    filters = {count: float(count in measured) for count in latency_blocks.measured_filters(shape.filters, 8)}
+    filters[3] = float(3 in measured)  # between multiples of the grid
+    times = latency_blocks.BlockTimes(dict.fromkeys(range(shape.heads + 1), 0.0), filters, 0.0, 1.0)
+    monkeypatch.setattr(latency_table, "measure_blocks", lambda *_: times)
+    table = LatencyTable.measure(model, Latency(0.5, grid=8), progress=False)
+    assert table.dense_prediction(shape.layers) > 0 and len(table.filter_ms) == shape.filters + 1
+
+
 def test_a_whole_pruning_ends_under_a_clock_that_jitters(monkeypatch):
     model, batch = FAMILIES["bert"]()
     monkeypatch.setattr(time, "perf_counter", _Clocks.jittering())
@@ -281,6 +295,8 @@ def test_ratios_are_taken_round_by_round():
     times = {"dense": Timing("dense", (1.0, 10.0, 2.0, 0.0), (0.0,) * 4),
              "pruned": Timing("pruned", (0.5, 5.0, 1.2, 3.0), (0.0,) * 4)}  # fmt: skip
     assert measured_ratio(times) == 0.5
+    least = {"dense": Timing("dense", (1.0, LEAST), (0.0,) * 2), "pruned": Timing("pruned", (0.5, 3.0), (0.0,) * 2)}
+    assert measured_ratio(least) == 0.5  # an interval of zero, as `interleave` gives it
     still = {name: Timing(name, (0.0, 0.0), (0.0,) * 2) for name in times}
     assert measured_ratio(still) == 1.0
 

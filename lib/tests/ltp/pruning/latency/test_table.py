@@ -404,6 +404,22 @@ def test_a_table_of_other_inputs_is_refused():
             search_latency(one, one, table, Latency(0.5, **{"batch": 4, "seq_len": 16} | wrong))
 
 
+def test_a_table_of_another_model_is_refused(monkeypatch):
+    target = Latency(0.5, batch=2, seq_len=6, repeats=1, grid=24)
+    model, _ = FAMILIES["bert"]()
+    table = LatencyTable.measure(model, target, progress=False)
+    table.check(target, model)
+    sizes = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "filters": "intermediate_size"}
+    for name, size in (sizes | {"hidden": "hidden_size"}).items():
+        other, _ = build("bert", **{size: 2 * getattr(model.config, size)})
+        with pytest.raises(InvalidInput, match=f"is of a model with {name}=.*LatencyTable.measure"):
+            table.check(target, other)
+    other, _ = build("bert", num_hidden_layers=1)
+    LatencyTable.from_values(table.head_ms, table.filter_ms).check(target, other)  # values are of any number of layers
+    with pytest.raises(InvalidInput, match=r"\(8, 48\) per layer; the latency table is of \(4, 48\)"):
+        table.predict(Masks(torch.ones(3, 8), torch.ones(3, 48)))
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 

@@ -265,6 +265,23 @@ def test_onnx_export(name, tmp_path):
     assert difference(torch.from_numpy(found), logits(small, batch)) <= 1e-4
 
 
+@pytest.mark.parametrize("path", ["intermediate.dense", "attention.self.query", "output.dense"])
+def test_weights_that_layers_share_are_cut_in_each_place(path):
+    model, batch = FAMILIES["bert"]()
+    layers, heads, filters = model.bert.encoder.layer, torch.ones(LAYERS, HEADS), torch.ones(LAYERS, FILTERS)
+    layers[1].get_submodule(path).weight = layers[0].get_submodule(path).weight
+    layers[2].output.dense.bias = layers[0].output.dense.bias
+    heads[0, :2], heads[1, 2:], filters[0, :20], filters[1, 28:] = 0, 0, 0, 0  # as many, but others
+    for masks in (Masks(heads, filters), tuned_masks()):
+        with masked(model, masks):
+            expected = logits(model, batch)
+        small = shrink(model, masks)
+        assert difference(logits(small, batch), expected) <= 1e-5
+        assert difference(logits(pad(small), batch), expected) <= 1e-5
+        cut = small.bert.encoder.layer
+        assert cut[2].output.dense.bias is cut[0].output.dense.bias  # nothing is cut from it: still one parameter
+
+
 def test_pruning_a_pruned_model_is_refused():
     model, _ = FAMILIES["bert"]()
     small = shrink(model, tuned_masks())
