@@ -26,7 +26,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,10 +83,8 @@ class Member:
 
     def is_there(self) -> bool:
         """Whether the file is there with its size and sha256."""
-        if not self.path.is_file():
-            return False
-        state = self.path.stat()
-        return state.st_size == self.bytes and _digest(self.path, state.st_size, state.st_mtime_ns) == self.sha256
+        path = self.path
+        return path.is_file() and path.stat().st_size == self.bytes and sha256_file(path) == self.sha256
 
 
 def archives() -> dict[str, Archive]:
@@ -162,12 +159,6 @@ def _home() -> Path:
 def _lines() -> list[str]:
     text = paths.PACKAGES_LOCK.read_text(encoding="utf-8")
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-
-
-@cache
-def _digest(path: Path, size: int, modified: int) -> str:
-    """sha256 of a file, taken once per content: size and time of change are part of the key."""
-    return sha256_file(path)
 
 
 @contextmanager

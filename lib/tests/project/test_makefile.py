@@ -84,7 +84,7 @@ def test_env_installs_the_locks_once(folder):
     assert calls[0] == "-m venv --clear .venv"
     assert "--no-deps" in calls[1] and "--extra-index-url https://example.invalid/cpu torch==2.13.0" in calls[1]
     assert calls[2] == "-m pip install -r requirements.lock"
-    assert calls[-1] == "-m pip install --no-deps --no-build-isolation -e ."
+    assert calls[-2:] == ["-m pip install --no-deps --no-build-isolation -e .", "-m effnn.data packages"]
     here = os.uname() if hasattr(os, "uname") else None
     on_linux = here is not None and (here.sysname, here.machine) == ("Linux", "x86_64")
     assert ("-m pip install -r requirements-ccl.lock" in calls) == on_linux
@@ -99,7 +99,12 @@ def test_env_installs_the_locks_once(folder):
 
 def test_an_index_out_of_reach_does_not_stop_env(folder):
     done, calls = make(folder, "env", TORCH_INDEX="https://example.invalid/cpu", STAND_IN_FAILS="example.invalid")
-    assert "pip's own index is asked next" in done.stdout and calls[-1].endswith("-e .")
+    assert "pip's own index is asked next" in done.stdout and calls[-2].endswith("-e .")
+
+
+def test_packages_out_of_reach_do_not_stop_env(folder):
+    done, _ = make(folder, "env", STAND_IN_FAILS="effnn.data packages")
+    assert "go on without" in done.stdout and make(folder, "env")[1] == []
 
 
 def test_an_interrupted_or_moved_environment_is_made_anew(folder):

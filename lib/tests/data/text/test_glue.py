@@ -138,7 +138,7 @@ def test_the_known_short_rows_of_qqp_are_skipped_and_told(tmp_path, caplog):
 def test_missing_files_and_wrong_names(tmp_path):
     with pytest.raises(NotAvailable, match=r"nowhere.*train\.tsv and dev\.tsv.*laptop profile"):
         text.load("sst2", source=tmp_path / "nowhere")
-    with pytest.raises(InvalidInput, match="unknown text task 'sst'.*docstrings, sst2"):
+    with pytest.raises(InvalidInput, match="unknown text task 'sst'.*docstrings, movie_sentences, sst2"):
         text.load("sst")
     with pytest.raises(InvalidInput, match="not built in"):
         text.load("sst2")

@@ -151,8 +151,8 @@ def test_the_dense_loss_on_held_out_rows_is_read_from_the_calibration_pass(famil
         assert dense_held_out_loss(model, found.held_out) != pytest.approx(plain, rel=1e-3)
 
 
-def live_bytes():
-    """Bytes of all tensors that Python holds, every storage counted once."""
+def storages():
+    """Address -> bytes of the storages of all tensors that Python's collector looks at."""
     gc.collect()
     found = {}
     for item in gc.get_objects():
@@ -160,21 +160,35 @@ def live_bytes():
         plain = type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided
         if plain and item.device.type == "cpu":
             found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-    return sum(found.values())
+    return found
 
 
-def test_between_steps_only_the_states_entering_one_layer_are_held():
+@pytest.fixture
+def made():
+    return FAMILIES["bert"]()
+
+
+@pytest.fixture
+def new_bytes(made):
+    """A function: bytes of all tensors made since it was set up. What was there before is not looked at again."""
+    before = storages()
+    gc.freeze()
+    yield lambda: sum(size for place, size in storages().items() if place not in before)
+    gc.unfreeze()
+
+
+def test_between_steps_only_the_states_entering_one_layer_are_held(made, new_bytes):
     """No graph, no activation and no second layer's states outlive their mini-batch: the bound on memory, exactly."""
-    model, batch = FAMILIES["bert"]()
+    model, batch = made
     batches = rows_of(batch, 30)
     states = sum(one["input_ids"].numel() for one in batches) * model.config.hidden_size * 4
     small = states / 2  # gradients of the masks, held-out rows, masks: all far below the states of this many rows
-    before, held = live_bytes(), []
-    calibration = ltp.calibrate(model, batches, on_batch=lambda: held.append(live_bytes() - before))
+    given, held = new_bytes(), []
+    calibration = ltp.calibrate(model, batches, on_batch=lambda: held.append(new_bytes() - given))
     assert all(bytes_ <= (index + 1) / 30 * states + small for index, bytes_ in enumerate(held))
     masks, held = Masks.ones(Shape.of(model)), []
     tune_masks(model, calibration.inputs, masks, masks, max_cached_bytes=0,
-               on_step=lambda: held.append(live_bytes() - before))  # fmt: skip
+               on_step=lambda: held.append(new_bytes() - given))  # fmt: skip
     assert len(held) == 6 and max(held) <= 2 * states + small
 
 
