@@ -139,7 +139,9 @@ def fetch(wanted: Iterable[str] = ()) -> list[Path]:
         with _archive(archive) as path:
             of_package = [member for member in lacking if member.package == package]
             total = sum(member.bytes for member in of_package)
-            with tqdm(total=total, desc=f"unpacking {package}", unit="B", unit_scale=True, leave=False) as bar:
+            with tqdm(
+                total=total, desc=f"unpacking {package}", unit="B", unit_scale=True, leave=False, disable=None
+            ) as bar:
                 for member in of_package:
                     _unpack(path, member, bar)
     return [folder(name) for name in wanted]
@@ -197,7 +199,7 @@ def _download(archive: Archive, target: Path) -> Path:
             stderr=subprocess.STDOUT,
         )
         try:
-            with tqdm(desc=f"fetching {archive.title}", unit="B", unit_scale=True, leave=False) as bar:
+            with tqdm(desc=f"fetching {archive.title}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
                 while process.poll() is None:
                     bar.n = _bytes_in(target)
                     bar.refresh()
