@@ -24,7 +24,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -218,11 +218,10 @@ def _download(archive: Archive, target: Path) -> Path:
 def _bytes_in(place: Path) -> int:
     """Bytes of all files below a folder that another process writes to."""
     total = 0
-    for path in place.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except OSError:  # renamed meanwhile
-            continue
+    for folder, _, names in os.walk(place):  # passes over folders that are gone meanwhile
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 

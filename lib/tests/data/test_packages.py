@@ -168,6 +168,27 @@ def test_an_index_out_of_reach_is_one_sentence(home, monkeypatch):
     nothing_half(home)
 
 
+def test_files_and_folders_that_vanish_while_they_are_counted_do_not_matter(tmp_path):
+    import threading
+
+    def come_and_go():
+        for number in range(300):
+            inner = tmp_path / f"pip-{number % 3}" / "deep"
+            inner.mkdir(parents=True)
+            (inner / "part").write_bytes(b"12345")
+            (inner / "part").unlink()
+            inner.rmdir()
+            inner.parent.rmdir()
+
+    (tmp_path / "stays").write_bytes(b"123")
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    while other.is_alive():
+        assert packages._bytes_in(tmp_path) in (3, 8)
+    other.join()
+    assert packages._bytes_in(tmp_path) == 3
+
+
 def test_a_python_without_pip_is_named(home, monkeypatch):
     broken = home / "python"
     broken.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
